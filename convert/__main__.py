@@ -1,0 +1,5 @@
+"""``python -m convert`` is ``kvpatch``."""
+
+from convert.cli import main
+
+main()

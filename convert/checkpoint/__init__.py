@@ -1,0 +1,1 @@
+"""Checkpoint files: guarded reading, staged and resumable writing, provenance."""

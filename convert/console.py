@@ -1,0 +1,110 @@
+"""What the user sees. Results go to stdout, everything else to stderr; only here is it printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Console", "visible"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Console:
+    """Output of one command.
+
+    Args:
+        json: Results as JSON instead of text.
+        quiet: No messages, only results and errors.
+        verbose: More detail.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def result(self, data: Any, text: Callable[[], None]) -> None:
+        """Print the result of the command: ``data`` as JSON, or whatever ``text`` prints."""
+        if self.json:
+            sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        else:
+            text()
+        sys.stdout.flush()
+
+    def line(self, text: str) -> None:
+        """A line of the result."""
+        sys.stdout.write(text + "\n")
+
+    def note(self, text: str) -> None:
+        """A message about progress."""
+        if not self.quiet:
+            sys.stderr.write(visible(text) + "\n")
+
+    def warn(self, text: str) -> None:
+        """A message that should be read."""
+        if not self.quiet:
+            sys.stderr.write(f"warning: {visible(text)}\n")
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: int = 1
+    ) -> None:
+        """A table of the result; the columns from ``numeric`` on are aligned to the right."""
+        from rich.console import Console as RichConsole  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+        for index, column in enumerate(columns):
+            right = index >= numeric
+            table.add_column(
+                column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*(Text(visible(cell)) for cell in row))
+        width = None if sys.stdout.isatty() else 140
+        RichConsole(file=sys.stdout, width=width, highlight=False).print(table)
+
+    @contextmanager
+    def progress(self, title: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar on stderr, if that is a terminal.
+
+        Yields:
+            A function to call with the amount just done and the amount in all; for the unit
+            ``bytes`` amounts add up, for others the first is the count so far.
+        """
+        hidden = self.quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "") in {"1", "true"}
+        if hidden or not sys.stderr.isatty():
+            yield lambda done, total: None
+            return
+        from rich import progress as bars  # noqa: PLC0415
+        from rich.console import Console as RichConsole  # noqa: PLC0415
+
+        columns: list[bars.ProgressColumn] = [
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+        ]
+        if unit == "bytes":
+            columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+        else:
+            columns += [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
+        columns.append(bars.TimeRemainingColumn())
+        with bars.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def advance(done: int, total: int) -> None:
+                if unit == "bytes":
+                    bar.update(task, advance=done, total=total)
+                else:
+                    bar.update(task, completed=done, total=total)
+
+            yield advance
+
+
+def visible(text: str) -> str:
+    """Text with control characters spelled out, for names that come from a file."""
+    shown = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    return shown if len(shown) <= 4000 else shown[:4000] + " ..."

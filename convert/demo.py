@@ -1,0 +1,96 @@
+"""The demo: the bundled model in every conversion, and a table of what each one costs."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint.reader import read_json
+from convert.console import Console
+from convert.evaluate import evaluate_checkpoint
+from convert.facts import read_facts
+from convert.pipeline import convert
+from convert.recipe import make_recipe
+from kvpatch.errors import OutputError
+from kvpatch.memory import format_bytes
+
+__all__ = ["run_demo"]
+
+_CONTEXT = 256
+_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("GQA, 4 KV heads, first", {"method": "gqa", "kv_heads": 4, "merge": "first"}),
+    ("GQA, 4 KV heads, mean", {"method": "gqa", "kv_heads": 4, "merge": "mean"}),
+    ("GQA, 2 KV heads, mean", {"method": "gqa", "kv_heads": 2, "merge": "mean"}),
+    ("MQA, 1 KV head, mean", {"method": "mqa", "merge": "mean"}),
+)
+
+
+def run_demo(console: Console, keep: Path | None) -> None:
+    """Convert, measure, and print the table.
+
+    Args:
+        console: Where it goes.
+        keep: New folder for the converted models; they are deleted afterwards if not given.
+
+    Raises:
+        OutputError: If ``keep`` exists.
+    """
+    if keep is not None and keep.exists():
+        raise OutputError(f"{keep} exists; choose a new folder for --keep")
+    assets = resources.files("convert").joinpath("assets")
+    with (
+        resources.as_file(assets) as folder,
+        tempfile.TemporaryDirectory() if keep is None else nullcontext(str(keep)) as work,
+    ):
+        source, text = folder / "demo-model", folder / "demo-text.txt"
+        console.note(f"source: {source}")
+        facts = read_facts(read_json(source / "config.json"))
+        evaluation = evaluate_checkpoint(source, text, context=_CONTEXT)
+        name = f"source, {facts.geometry.kv_heads} KV heads"
+        rows = [_row(name, facts.cache().bytes_per_token, evaluation.perplexity, 0.0)]
+        for title, keys in _VARIANTS:
+            output = Path(work) / title.replace(", ", "-").replace(" ", "-").lower()
+            console.note(f"converting: {title}")
+            convert(make_recipe({"source": str(source), "output": str(output), **keys}))
+            converted = read_facts(read_json(output / "config.json"))
+            evaluation = evaluate_checkpoint(output, text, against=source, context=_CONTEXT)
+            assert evaluation.against is not None
+            rows.append(
+                _row(
+                    title,
+                    converted.cache().bytes_per_token,
+                    evaluation.perplexity,
+                    evaluation.against.kl,
+                )
+            )
+    console.result(rows, lambda: _print(rows, console))
+    if keep is not None:
+        console.note(f"the converted models are in {keep}")
+
+
+def _row(variant: str, per_token: int, perplexity: float, kl: float) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "kv_bytes_per_token": per_token,
+        "perplexity": perplexity,
+        "kl": kl,
+    }
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    console.table(
+        "",
+        ["variant", "KV cache per token", "perplexity", "KL to the source (nats)"],
+        [
+            (
+                row["variant"],
+                format_bytes(row["kv_bytes_per_token"]),
+                f"{row['perplexity']:.2f}",
+                f"{row['kl']:.3f}",
+            )
+            for row in rows
+        ],
+    )

@@ -1,0 +1,214 @@
+"""Quality on a text: perplexity, and against the source mean KL and top-1 agreement."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from convert.loading import load_model, load_tokenizer, quiet_transformers
+from kvpatch.errors import InputModelError, UsageError
+
+__all__ = ["Against", "Evaluation", "evaluate_checkpoint", "windows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """How a model differs from the one it was made from, on the tokens that were scored.
+
+    Args:
+        perplexity: Of the source.
+        kl: Mean of KL(source || model) over the positions, in nats.
+        top1: Share of positions at which both rank the same token first.
+    """
+
+    perplexity: float
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A measurement and everything that is needed to repeat it.
+
+    Args:
+        text: File name of the text.
+        text_sha256: Hash of its bytes.
+        windows: Number of windows.
+        context: Tokens of a window.
+        stride: Tokens between the starts of two windows; of their overlap only the later
+            window's new tokens are scored.
+        tokens: Tokens that were scored.
+        dtype: Dtype in which the models ran.
+        nll: Mean negative log likelihood in nats per token.
+        perplexity: Its exponential.
+        against: Comparison with the source, if one was given.
+    """
+
+    text: str
+    text_sha256: str
+    windows: int
+    context: int
+    stride: int
+    tokens: int
+    dtype: str
+    nll: float
+    perplexity: float
+    against: Against | None
+
+
+@dataclass(slots=True)
+class _Sums:
+    tokens: int = 0
+    nll: float = 0.0
+    source_nll: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    text: Path,
+    *,
+    against: Path | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    samples: int | None = None,
+    batch: int = 8,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a model on a text.
+
+    Args:
+        folder: Checkpoint folder.
+        text: UTF-8 text file.
+        against: Folder of the source, to compare with.
+        context: Tokens of a window; 512 or the model's limit if not given.
+        stride: Tokens from one window to the next; ``context``, without overlap, if not given.
+        samples: Use only the first windows.
+        batch: Windows in one forward pass.
+        device: Where the models run.
+        dtype: Dtype they run in; float32 on the CPU and the checkpoint's elsewhere.
+        progress: Called with windows done and in all.
+
+    Raises:
+        UsageError: If context or stride make no sense for the model.
+        InputModelError: If the text is too short, or source and model have other tokens.
+    """
+    if dtype is None and device == "cpu":
+        dtype = torch.float32
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        if against is not None:
+            _check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
+        model = load_model(folder, dtype=dtype, device=device)
+        source = load_model(against, dtype=dtype, device=device) if against is not None else None
+        limit = getattr(model.config, "max_position_embeddings", None) or 2048
+        context = min(512, limit) if context is None else context
+        stride = context if stride is None else stride
+        if not (2 <= context <= limit and 1 <= stride <= context):
+            raise UsageError(
+                f"--context {context} --stride {stride} does not work here",
+                hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
+            )
+        content = _read_text(text)
+        ids = tokenizer(content, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        prefix = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)[:1]
+        inputs = windows_of(ids, prefix, context=context, stride=stride)[:samples]
+        if not len(inputs):
+            raise InputModelError(f"{text} has {len(ids)} tokens, less than one window")
+        sums = _Sums()
+        for count, (tokens, scored) in enumerate(_batches(inputs, context, stride, batch), 1):
+            _score(sums, tokens.to(device), scored, model, source)
+            if progress is not None:
+                progress(min(count * batch, len(inputs)), len(inputs))
+    nll = sums.nll / sums.tokens
+    comparison = None
+    if source is not None:
+        comparison = Against(
+            perplexity=math.exp(sums.source_nll / sums.tokens),
+            kl=sums.kl / sums.tokens,
+            top1=sums.agree / sums.tokens,
+        )
+    return Evaluation(
+        text=text.name,
+        text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+        windows=len(inputs),
+        context=context,
+        stride=stride,
+        tokens=sums.tokens,
+        dtype=str(model.dtype).removeprefix("torch."),
+        nll=nll,
+        perplexity=math.exp(nll),
+        against=comparison,
+    )
+
+
+def windows_of(ids: Tensor, prefix: Tensor, *, context: int, stride: int) -> Tensor:
+    """Cut a token sequence into full windows.
+
+    Args:
+        ids: [N] tokens of the text.
+        prefix: [P] tokens that open every window, such as a beginning-of-text token; may be empty.
+        context: Tokens of a window, prefix included.
+        stride: Tokens between the starts of two windows.
+
+    Returns:
+        [W, context] windows; a rest that does not fill a window is left out.
+    """
+    body = context - len(prefix)
+    if body < 1 or len(ids) < body:
+        return ids.new_empty((0, context))
+    cut = ids.unfold(0, body, min(stride, body))
+    return torch.cat([prefix.expand(len(cut), -1), cut], 1)
+
+
+def _batches(
+    inputs: Tensor, context: int, stride: int, batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows with a mask [W, context - 1] of the predictions to score."""
+    scored = torch.ones(len(inputs), context - 1, dtype=torch.bool)
+    scored[1:, : context - 1 - min(stride, context - 1)] = False
+    for start in range(0, len(inputs), batch):
+        yield inputs[start : start + batch], scored[start : start + batch]
+
+
+@torch.no_grad()
+def _score(sums: _Sums, tokens: Tensor, scored: Tensor, model: Any, source: Any) -> None:
+    targets = tokens[:, 1:][scored]
+    rows = torch.arange(len(targets))
+    logits = _log_probabilities(model, tokens, scored)
+    sums.tokens += len(targets)
+    sums.nll -= float(logits[rows, targets].double().sum())
+    if source is None:
+        return
+    truth = _log_probabilities(source, tokens, scored)
+    sums.source_nll -= float(truth[rows, targets].double().sum())
+    sums.kl += float(F.kl_div(logits, truth, reduction="sum", log_target=True))
+    sums.agree += int((logits.argmax(-1) == truth.argmax(-1)).sum())
+
+
+def _log_probabilities(model: Any, tokens: Tensor, scored: Tensor) -> Tensor:
+    logits: Tensor = model(tokens, use_cache=False).logits[:, :-1]
+    return logits[scored.to(logits.device)].float().log_softmax(-1)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {path}: {error}") from error
+
+
+def _check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
+    if ours.get_vocab() != theirs.get_vocab():
+        raise InputModelError(f"{folder} and {against} have different vocabularies")

@@ -1,0 +1,164 @@
+"""Carrying out a plan: bytes from the source through the method into the shards of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.safetensors_header import tensor_bytes
+from convert.checkpoint.staging import Staging
+from convert.checkpoint.writer import FileRecord, ShardWriter
+from convert.families import pack, unpack
+from convert.plan import Plan, Shard, Step, TensorSpec
+from kvpatch.errors import InputModelError, VerificationError
+
+__all__ = ["execute"]
+
+Progress = Callable[[int], None]
+
+
+def execute(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    staging: Staging,
+    *,
+    allow_nonfinite: bool,
+    progress: Progress,
+) -> dict[str, FileRecord]:
+    """Write every shard that the journal does not have yet, and hash the source meanwhile.
+
+    Args:
+        plan: What to do.
+        checkpoint: The open source.
+        staging: Where shards and journal go.
+        allow_nonfinite: Copy tensors that hold NaN or infinity, instead of refusing them.
+        progress: Called with the number of bytes of each piece written.
+
+    Returns:
+        Size and sha256 of every source file.
+
+    Raises:
+        InputModelError: If a source tensor holds NaN or infinity, or the source changed.
+        VerificationError: If a finite source gives a result that is not.
+        ResourceError: If the disk is full.
+    """
+    engine = _Engine(plan, checkpoint, staging, allow_nonfinite, progress)
+    with _hashing_source(checkpoint) as hashes:
+        for shard in plan.shards:
+            if shard.file in staging.finished:
+                progress(sum(step.nbytes for step in shard.steps))
+            else:
+                engine.write(shard)
+        digests = {file: future.result() for file, future in hashes.items()}
+    for file in checkpoint.files:
+        checkpoint.check_unchanged(file)
+    return {
+        file: FileRecord(checkpoint.files[file].size, digest) for file, digest in digests.items()
+    }
+
+
+@contextmanager
+def _hashing_source(checkpoint: Checkpoint) -> Iterator[Mapping[str, Future[str]]]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="source-sha256")
+    try:
+        yield {file: pool.submit(checkpoint.sha256, file) for file in checkpoint.files}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    plan: Plan
+    checkpoint: Checkpoint
+    staging: Staging
+    allow_nonfinite: bool
+    progress: Progress
+
+    def write(self, shard: Shard) -> None:
+        """Write one shard and journal it with the results of its layers."""
+        header = [(spec.name, spec.dtype, spec.shape) for spec in shard.tensors]
+        results: list[dict[str, Any]] = []
+        with ShardWriter(self.staging.path / shard.file, header) as writer:
+            for step in shard.steps:
+                if step.layer is None:
+                    self._copy(step, writer)
+                else:
+                    results.append(self._convert(step, step.layer, writer))
+            record = writer.finish()
+        self.staging.record(shard.file, record, results)
+
+    def _copy(self, step: Step, writer: ShardWriter) -> None:
+        (name,), (spec,) = step.inputs, step.outputs
+        own = self.checkpoint.tensors[name].dtype
+        for chunk in self.checkpoint.chunks(name):
+            values = torch.frombuffer(chunk, dtype=own)
+            finite = _is_finite(values)
+            if not finite and not self.allow_nonfinite:
+                raise _nonfinite_source(self.checkpoint, name)
+            if own == spec.dtype:
+                writer.write(chunk)
+            else:
+                cast = values.to(spec.dtype)
+                if finite:
+                    _check_result(cast, spec)
+                writer.write(tensor_bytes(cast))
+            self.progress(len(chunk) * spec.dtype.itemsize // own.itemsize)
+
+    def _convert(self, step: Step, layer: int, writer: ShardWriter) -> dict[str, Any]:
+        """Run the method on one layer, write what comes out, and return what it lost."""
+        facts, method = self.plan.facts, self.plan.method
+        tensors: dict[str, Tensor] = {}
+        for name in step.inputs:
+            tensor = self.checkpoint.read(name)
+            if not _is_finite(tensor):
+                raise _nonfinite_source(self.checkpoint, name)
+            tensors[name] = tensor.to(torch.promote_types(tensor.dtype, step.outputs[0].dtype))
+        before = unpack(tensors, facts.family, facts.geometry, layer)
+        after = method.convert(before)
+        packed = pack(after, facts.family, layer)
+        for spec in step.outputs:
+            tensor = packed.pop(spec.name).to(spec.dtype)
+            assert tuple(tensor.shape) == spec.shape, spec
+            _check_result(tensor, spec)
+            writer.write(tensor_bytes(tensor))
+        assert not packed, sorted(packed)
+        self.progress(step.nbytes)
+        return {
+            "layer": layer,
+            "kv_heads": [before.geometry.kv_heads, after.geometry.kv_heads],
+            **method.measure(before, after),
+        }
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN propagates, and this is far faster than isfinite
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _nonfinite_source(checkpoint: Checkpoint, name: str) -> InputModelError:
+    tensor = checkpoint.read(name)
+    wrong = ~torch.isfinite(tensor)
+    first = tuple(int(i) for i in wrong.nonzero()[0])
+    return InputModelError(
+        f"{checkpoint.tensors[name].file}: {name!r} holds {int(wrong.sum()):,} values that are "
+        f"NaN or infinite, the first at {list(first)}",
+        hint="Use a sound checkpoint. --allow-nonfinite copies such tensors, but never converts "
+        "attention weights that hold them.",
+    )
+
+
+def _check_result(tensor: Tensor, spec: TensorSpec) -> None:
+    if not _is_finite(tensor):
+        raise VerificationError(
+            f"{spec.name!r} overflows in {str(spec.dtype).removeprefix('torch.')}",
+            hint="Choose --dtype bfloat16 or float32.",
+        )

@@ -1,0 +1,89 @@
+"""Which layers rotate how, and which of them see only a window, read from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convert.families.family import Family
+from convert.layer import Rope
+
+__all__ = ["layer_ropes", "layer_windows"]
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def layer_ropes(
+    config: Mapping[str, Any], family: Family, *, layers: int, head_dim: int
+) -> tuple[Rope, ...]:
+    """Rotary positions of every layer; ``dim`` 0 where a layer has none (NoPE).
+
+    Reads the keys of transformers 4 (``rope_theta``, ``rope_scaling``, ``rope_local_base_freq``)
+    and of 5 (``rope_parameters``, flat or one entry for each layer type).
+    """
+    nope = _nope_layers(config, family, layers)
+    types = _layer_types(config, family, layers)
+    return tuple(
+        _rope(config, family, head_dim, types[layer], layer in nope) for layer in range(layers)
+    )
+
+
+def layer_windows(
+    config: Mapping[str, Any], family: Family, *, layers: int
+) -> tuple[int | None, ...]:
+    """Sliding window of every layer in tokens, None where the layer sees everything."""
+    window = config.get("sliding_window")
+    if not window:
+        return (None,) * layers
+    types = _layer_types(config, family, layers)
+    return tuple(int(window) if kind == _SLIDING else None for kind in types)
+
+
+def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, nope: bool) -> Rope:
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if _FULL in parameters or _SLIDING in parameters:
+        parameters = parameters.get(kind, {})
+    elif "rope_local_base_freq" in config and kind == _SLIDING:
+        parameters = {"rope_theta": config["rope_local_base_freq"]}
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return Rope(
+        dim=0 if nope else int(head_dim * (family.partial if partial is None else partial)),
+        interleaved=family.interleaved,
+        theta=float(parameters.get("rope_theta") or config.get("rope_theta") or family.theta),
+        kind=parameters.get("rope_type") or parameters.get("type") or "default",
+    )
+
+
+def _nope_layers(config: Mapping[str, Any], family: Family, layers: int) -> frozenset[int]:
+    if not family.nope_every:
+        return frozenset()
+    listed: Sequence[int] | None = config.get("no_rope_layers")
+    if listed:  # 1 marks a layer that rotates
+        return frozenset(i for i, rotates in enumerate(listed) if not rotates)
+    every = int(config.get("no_rope_layer_interval") or family.nope_every)
+    return frozenset(range(every - 1, layers, every))
+
+
+def _layer_types(config: Mapping[str, Any], family: Family, layers: int) -> Sequence[str]:
+    if family.windows.rule == "never":
+        return (_FULL,) * layers
+    listed: Sequence[str] | None = config.get("layer_types")
+    if listed:
+        return listed
+    nope = _nope_layers(config, family, layers)
+    return [_SLIDING if _slides(config, family, i, nope) else _FULL for i in range(layers)]
+
+
+def _slides(config: Mapping[str, Any], family: Family, layer: int, nope: frozenset[int]) -> bool:
+    rule = family.windows
+    if rule.switch is not None and not config.get(rule.switch):
+        return False
+    limit = int(config.get("max_window_layers", layer + 1))
+    every = int(config.get("sliding_window_pattern") or rule.every or 1)
+    return {
+        "all": True,
+        "pattern": (layer + 1) % every != 0 and layer < limit,
+        "from_layer": layer >= limit,
+        "nope": layer in nope,
+        "never": False,
+    }[rule.rule]

@@ -1,0 +1,225 @@
+"""The table: one row per model_type whose stock class has a KV-head count of its own.
+
+Facts are those of transformers 5.23 (configuration and modeling files of each model_type).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from convert.families.family import SEPARATE, Family, Projection, Windows
+from convert.layer import QkNorm
+from kvpatch.errors import InputModelError
+
+__all__ = ["FAMILIES", "family_of"]
+
+_DENSE_OUTPUT = (*SEPARATE[:3], Projection("self_attn.dense", ("o",)))
+_FUSED_QKV = (Projection("self_attn.qkv_proj", ("q", "k", "v")), SEPARATE[3])
+_SHARED_RMS = QkNorm("shared", "rms")
+_FULL_RMS = QkNorm("full", "rms")
+
+_ROWS = (
+    Family(model_type="llama", architecture="LlamaForCausalLM"),
+    Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        windows=Windows("all"),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    Family(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        theta=1e6,
+        windows=Windows("all"),
+        defaults={"num_key_value_heads": 8},
+    ),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        windows=Windows("from_layer", switch="use_sliding_window"),
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    Family(
+        model_type="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        windows=Windows("pattern", every=2, switch="use_sliding_window"),
+        defaults={"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        qk_norm=_SHARED_RMS,
+        windows=Windows("from_layer", switch="use_sliding_window"),
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    Family(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        qk_norm=_SHARED_RMS,
+        windows=Windows("all", switch="use_sliding_window"),
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096},
+    ),
+    Family(
+        model_type="gemma",
+        architecture="GemmaForCausalLM",
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    Family(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        windows=Windows("pattern", every=2),
+        scale=("query_pre_attn_scalar", -0.5),
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Family(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        qk_norm=QkNorm("shared", "rms_plus_one"),
+        windows=Windows("pattern", every=6),
+        scale=("query_pre_attn_scalar", -0.5),
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Family(model_type="olmo", architecture="OlmoForCausalLM"),
+    Family(model_type="olmo2", architecture="Olmo2ForCausalLM", qk_norm=_FULL_RMS),
+    Family(
+        model_type="olmo3",
+        architecture="Olmo3ForCausalLM",
+        theta=500000.0,
+        qk_norm=_FULL_RMS,
+        windows=Windows("pattern", every=4),
+        defaults={"sliding_window": 4096},
+    ),
+    Family(model_type="olmoe", architecture="OlmoeForCausalLM", qk_norm=_FULL_RMS),
+    Family(
+        model_type="phi",
+        architecture="PhiForCausalLM",
+        projections=_DENSE_OUTPUT,
+        qk_norm=QkNorm("shared", "layer"),
+        q_norm="self_attn.q_layernorm.weight",
+        k_norm="self_attn.k_layernorm.weight",
+        partial=0.5,
+    ),
+    Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        projections=_FUSED_QKV,
+        windows=Windows("all"),
+    ),
+    Family(
+        model_type="stablelm",
+        architecture="StableLmForCausalLM",
+        qk_norm=QkNorm("per_head", "layer"),
+        q_norm="self_attn.q_layernorm.norms.{head}.weight",
+        k_norm="self_attn.k_layernorm.norms.{head}.weight",
+        partial=0.25,
+        defaults={"num_key_value_heads": 32},
+    ),
+    Family(
+        model_type="cohere",
+        architecture="CohereForCausalLM",
+        theta=500000.0,
+        qk_norm=QkNorm("per_head", "layer"),
+        interleaved=True,
+        defaults={"tie_word_embeddings": True},
+    ),
+    Family(
+        model_type="starcoder2",
+        architecture="Starcoder2ForCausalLM",
+        windows=Windows("all"),
+        defaults={"num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    Family(
+        model_type="granite",
+        architecture="GraniteForCausalLM",
+        scale=("attention_multiplier", 1.0),
+        defaults={"attention_multiplier": 1.0},
+    ),
+    Family(
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        theta=2e6,
+        windows=Windows("nope", switch="use_sliding_window"),
+        nope_every=4,
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    Family(
+        model_type="glm",
+        architecture="GlmForCausalLM",
+        interleaved=True,
+        partial=0.5,
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+    ),
+    Family(
+        model_type="glm4",
+        architecture="Glm4ForCausalLM",
+        interleaved=True,
+        partial=0.5,
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+    ),
+    Family(model_type="nemotron", architecture="NemotronForCausalLM", partial=0.5),
+    Family(
+        model_type="helium",
+        architecture="HeliumForCausalLM",
+        theta=100000.0,
+        interleaved=True,
+        defaults={"num_key_value_heads": 20, "head_dim": 128},
+    ),
+    Family(
+        model_type="ernie4_5",
+        architecture="Ernie4_5ForCausalLM",
+        theta=500000.0,
+        interleaved=True,
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+)
+
+FAMILIES: Mapping[str, Family] = {row.model_type: row for row in _ROWS}
+
+_LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu", "minicpm3", "glm4_moe_lite")
+
+
+def family_of(config: Mapping[str, object]) -> Family:
+    """Row of the table for a config.json.
+
+    Raises:
+        InputModelError: If the model_type is absent, not a decoder-only text model, already
+            latent, or not in the table.
+    """
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known = ", ".join(sorted(FAMILIES))
+    how = f"Supported: {known}. To add one, add a row to convert/families/table.py."
+    if not isinstance(model_type, str):
+        raise InputModelError("config.json has no model_type", hint=how)
+    if model_type in _LATENT:
+        raise InputModelError(f"{model_type} caches a latent already (MLA)", hint=how)
+    if config.get("is_encoder_decoder"):
+        raise InputModelError(
+            f"{model_type} is an encoder-decoder; only decoder-only models are converted", hint=how
+        )
+    for key in ("text_config", "vision_config"):
+        if key in config:
+            raise InputModelError(
+                f"{model_type} wraps a text model ({key} in config.json)",
+                hint=f"Save its language model as a checkpoint of its own first. {how}",
+            )
+    raise InputModelError(f"model_type {model_type!r} is not supported", hint=how)

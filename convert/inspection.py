@@ -1,0 +1,168 @@
+"""What ``kvpatch inspect`` shows: a model's attention, and KV cache sizes of every design."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convert.checkpoint.paths import guarded_path
+from convert.checkpoint.reader import Checkpoint, read_json
+from convert.facts import ModelFacts, check_shapes, read_facts
+from convert.hub import fetch_config
+from kvpatch.memory import KVCache, latent_cache, multi_head_cache
+
+__all__ = ["CacheRow", "cache_rows", "describe", "inspect_dims", "inspect_source"]
+
+_WINDOW = 4096  # tokens, that of Mistral-7B
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRow:
+    """One design in the table of cache sizes.
+
+    Args:
+        design: Its name.
+        cache: Its KV cache.
+        command: The command that converts to it; None where it is shown for comparison.
+    """
+
+    design: str
+    cache: KVCache
+    command: str | None = None
+
+
+def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFacts, list[str]]:
+    """Facts of a model and warnings about its files.
+
+    A local folder is checked down to its headers if it holds weights; of a Hub repository only
+    config.json is fetched.
+
+    Raises:
+        KvpatchError: If there is no such source, or it is damaged or unsupported.
+    """
+    found = fetch_config(source, revision=revision)
+    has_weights = any(
+        path.suffix in {".safetensors", ".bin"} for path in found.path.iterdir()
+    ) or any(found.path.glob("*.index.json"))
+    if not has_weights:
+        config = read_json(guarded_path(found.path, "config.json"))
+        return read_facts(config), ["no weights here: shapes were not checked"]
+    with Checkpoint(found.path, allow_pickle=True) as checkpoint:
+        facts = read_facts(checkpoint.config)
+        check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
+        return facts, checkpoint.warnings
+
+
+def inspect_dims(
+    *, layers: int, heads: int, head_dim: int, kv_heads: int | None, bytes_per_value: int
+) -> list[CacheRow]:
+    """Cache sizes for bare dimensions."""
+    return cache_rows(
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        windows=(None,) * layers,
+        bytes_per_value=bytes_per_value,
+        window=_WINDOW,
+    )
+
+
+def facts_rows(facts: ModelFacts) -> list[CacheRow]:
+    """Cache sizes of a model now and under every design."""
+    return cache_rows(
+        layers=facts.layers,
+        heads=facts.geometry.heads,
+        kv_heads=facts.geometry.kv_heads,
+        head_dim=facts.geometry.head_dim,
+        windows=facts.windows,
+        bytes_per_value=facts.cache().bytes_per_value,
+        window=min(_WINDOW, facts.context // 4),
+    )
+
+
+def cache_rows(
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    windows: Sequence[int | None],
+    bytes_per_value: int,
+    window: int,
+) -> list[CacheRow]:
+    """The table: the model as it is, GQA for every divisor, MQA, CLA2, MLA and a sliding window.
+
+    MLA has the proportions of DeepSeek-V2 (arXiv:2405.04434, section 3.1.2): rank ``4 * head_dim``
+    and ``head_dim / 2`` rotary dims.
+    """
+
+    def shared(kv: int, share: int = 1, spans: Sequence[int | None] = windows) -> KVCache:
+        return multi_head_cache(
+            layers=layers,
+            kv_heads=kv,
+            head_dim=head_dim,
+            share=share,
+            windows=spans,
+            bytes_per_value=bytes_per_value,
+        )
+
+    now = "MHA" if kv_heads == heads else ("MQA" if kv_heads == 1 else "GQA")
+    rows = [CacheRow(f"{now}, {kv_heads} KV heads (now)", shared(kv_heads))]
+    for n in reversed([n for n in range(2, kv_heads) if kv_heads % n == 0]):
+        rows.append(CacheRow(f"GQA, {n} KV heads", shared(n), f"kvpatch gqa --kv-heads {n}"))
+    if kv_heads > 1:
+        rows.append(CacheRow("MQA, 1 KV head", shared(1), "kvpatch mqa"))
+    rows.append(CacheRow(f"CLA2, {kv_heads} KV heads", shared(kv_heads, share=2)))
+    if kv_heads > 1:
+        rows.append(CacheRow("CLA2 + MQA", shared(1, share=2)))
+    rank, rope_dim = 4 * head_dim, max(2, head_dim // 2)
+    rows.append(
+        CacheRow(
+            f"MLA, rank {rank} + {rope_dim} rotary",
+            latent_cache(
+                layers=layers, rank=rank, rope_dim=rope_dim, bytes_per_value=bytes_per_value
+            ),
+        )
+    )
+    if any(span is None for span in windows):
+        design = f"{now}, {kv_heads} KV heads, window of {window:,} tokens"
+        rows.append(CacheRow(design, shared(kv_heads, spans=(window,) * layers)))
+    return rows
+
+
+def describe(facts: ModelFacts) -> Mapping[str, Any]:
+    """The attention of a model in words and numbers."""
+    geometry, rope = facts.geometry, facts.ropes[0]
+    pairs = "interleaved" if rope.interleaved else "half-split"
+    thetas = sorted({rope.theta for rope in facts.ropes})
+    windows = [window for window in facts.windows if window is not None]
+    norm = facts.family.qk_norm
+    legal = facts.legal_kv_heads()
+    return {
+        "family": facts.family.model_type,
+        "class": facts.family.architecture,
+        "layers": facts.layers,
+        "hidden": geometry.hidden,
+        "query_heads": geometry.heads,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "rope": (
+            f"{rope.kind}, {pairs} pairs, {rope.dim} of {geometry.head_dim} dims, "
+            f"theta {', '.join(f'{theta:g}' for theta in thetas)}"
+        ),
+        "layers_without_rope": [i for i, rope in enumerate(facts.ropes) if not rope.dim],
+        "qk_norm": f"{norm.layout}, {norm.formula}" if norm is not None else None,
+        "softcap": facts.softcap,
+        "clip_qkv": facts.clip,
+        "window_layers": len(windows),
+        "window": windows[0] if windows else None,
+        "context": facts.context,
+        "dtype": facts.dtype,
+        "tied_embeddings": facts.tied,
+        "conversions": {
+            "gqa": {"kv_heads": legal, "target": facts.family.architecture} if legal else None,
+            "mqa": {"kv_heads": [1], "target": facts.family.architecture} if legal else None,
+        },
+    }

@@ -1,0 +1,99 @@
+"""The canonical form: one attention layer as plain tensors, the same for every model family.
+
+Shape letters, fixed in the whole project:
+    B batch   T tokens   H query heads   Hkv KV heads   D width of a query/key head
+    Dv width of a value head   E hidden width   R latent rank   L layers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["AttentionLayer", "Geometry", "NormFormula", "NormLayout", "QkNorm", "Rope"]
+
+NormLayout = Literal["shared", "per_head", "full"]
+NormFormula = Literal["rms", "rms_plus_one", "layer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions of one layer.
+
+    Args:
+        dim: Leading dims of a head that rotate; 0 means no positions (NoPE).
+        interleaved: Pairs are (2i, 2i+1) if true, else (i, i + dim/2).
+        theta: Base of the frequencies ``theta ** (-2i / dim)``.
+        kind: ``default``, or the name of the frequency scaling (llama3, yarn, longrope, ...).
+    """
+
+    dim: int
+    interleaved: bool
+    theta: float
+    kind: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class QkNorm:
+    """Normalisation between the query/key projections and RoPE.
+
+    Args:
+        layout: ``shared`` is one weight [D] for all heads, ``per_head`` one [D] for each head,
+            ``full`` one norm over the concatenated heads [H * D].
+        formula: RMS norm, RMS norm with weight 1 + w, or LayerNorm.
+    """
+
+    layout: NormLayout
+    formula: NormFormula
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Sizes of the attention of one layer: E, H, Hkv, D and Dv."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayer:
+    """Weights of one attention layer, on the CPU, in the dtype of the checkpoint.
+
+    A field is None where the checkpoint has no such tensor, or where the method at hand leaves it
+    untouched and it was therefore not read. Query head h reads KV head ``h // geometry.group``.
+
+    Args:
+        geometry: Sizes; ``kv_heads`` is the leading axis of every KV field.
+        q: [H, D, E].
+        k: [Hkv, D, E].
+        v: [Hkv, Dv, E].
+        o: [E, H, Dv].
+        q_bias: [H, D].
+        k_bias: [Hkv, D].
+        v_bias: [Hkv, Dv].
+        o_bias: [E].
+        q_norm: [D] if shared by the heads, else [H, D].
+        k_norm: [D] if shared by the heads, else [Hkv, D].
+    """
+
+    geometry: Geometry
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    o: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None

@@ -1,0 +1,86 @@
+"""Loading a checkpoint in plain transformers, for the steps that run a model."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.resources import check_ram
+from kvpatch.errors import InputModelError, VerificationError
+
+__all__ = ["load_model", "load_tokenizer", "quiet_transformers"]
+
+# loader buffers and the framework itself, beyond the weights
+_OVERHEAD = 1_000_000_000
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off stderr; ours say what matters."""
+    from transformers.utils import logging as hf_logging  # noqa: PLC0415
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    """The model of a folder, in evaluation mode, in its stock class.
+
+    Args:
+        folder: Checkpoint folder.
+        dtype: Dtype to load in; the checkpoint's own if None.
+        device: Where it runs.
+
+    Raises:
+        ResourceError: If it does not fit into memory.
+        VerificationError: If a key is missing, unexpected or mismatched.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if device == "cpu":
+        check_ram(2 * weights + _OVERHEAD, None)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype is not None else "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise VerificationError(f"{folder} does not load in transformers: {error}") from error
+    wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
+    if wrong:
+        raise VerificationError(f"{folder} loads with {wrong}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        InputModelError: If there is none.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputModelError(f"{folder} has no tokenizer that transformers can load") from error

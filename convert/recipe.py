@@ -1,0 +1,202 @@
+"""Recipes: the whole truth of a conversion, from flags or from strict YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from kvpatch.errors import UsageError
+
+__all__ = ["GqaRecipe", "MqaRecipe", "Recipe", "load_recipe", "make_recipe", "parse_size"]
+
+MAX_RECIPE_BYTES = 1_000_000
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``500 MB`` or ``2GiB``.
+
+    Raises:
+        ValueError: If the text is not a positive number and a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _checked_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]
+
+
+class _Conversion(BaseModel):
+    """Keys that every conversion has; each is a flag of the same name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    source: str = Field(description="Folder, or org/name[@revision] on the Hub.", min_length=1)
+    output: str | None = Field(None, description="Folder to make; must not exist.", min_length=1)
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub source.")
+    merge: Literal["mean", "first"] = Field("mean", description="How KV heads become one.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Dtype of the weights written; the source's if not given."
+    )
+    max_shard_size: Size = Field("5GB", description="Largest weight file.")
+    max_ram: Size | None = Field(None, description="Refuse to start if more memory is needed.")
+    overwrite: bool = Field(False, description="Replace an earlier result at the output.")
+    resume: bool = Field(True, description="Continue an interrupted run of the same conversion.")
+    allow_pickle: bool = Field(False, description="Read .bin weights, without running their code.")
+    allow_nonfinite: bool = Field(False, description="Copy weights that hold NaN or infinity.")
+
+
+class GqaRecipe(_Conversion):
+    """Pool the KV heads of every layer to ``kv_heads``."""
+
+    method: Literal["gqa"] = "gqa"
+    kv_heads: int = Field(ge=1, description="KV heads of each layer afterwards.")
+
+
+class MqaRecipe(_Conversion):
+    """Pool the KV heads of every layer to a single one."""
+
+    method: Literal["mqa"] = "mqa"
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of each layer afterwards."""
+        return 1
+
+
+Recipe = GqaRecipe | MqaRecipe
+_BY_METHOD: Mapping[str, type[Recipe]] = {"gqa": GqaRecipe, "mqa": MqaRecipe}
+
+
+def make_recipe(
+    values: Mapping[str, Any],
+    *,
+    where: str = "command line",
+    lines: Mapping[str, int] | None = None,
+) -> Recipe:
+    """Check values and make the recipe of their ``method``.
+
+    Args:
+        values: Recipe keys.
+        where: File they come from, for messages.
+        lines: Line of each key in that file.
+
+    Raises:
+        UsageError: Naming the line, the key, and the nearest valid name of a misspelt key.
+    """
+    lines = lines or {}
+    method = values.get("method")
+    if not isinstance(method, str) or method not in _BY_METHOD:
+        raise UsageError(
+            f"{_at(where, lines.get('method'))}: method must be one of "
+            f"{', '.join(_BY_METHOD)}, found {method!r}"
+        )
+    model = _BY_METHOD[method]
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{_at(where, lines.get(str(e['loc'][0])))}: {_explain(e, model)}"
+            for e in error.errors()
+        ]
+        raise UsageError("\n".join(problems)) from None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``key=value`` overrides.
+
+    Raises:
+        UsageError: If the file is absent, not strict YAML, or not a valid recipe.
+    """
+    try:
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= MAX_RECIPE_BYTES else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}") from error
+    if size > MAX_RECIPE_BYTES:
+        raise UsageError(f"the recipe {path} has {size:,} bytes; that is no recipe")
+    values, lines = _read_yaml(text, path.name)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UsageError(f"--set {override}: expected key=value")
+        values[key], lines[key] = _read_scalar(value, f"--set {override}"), 0
+    return make_recipe(values, where=path.name, lines=lines)
+
+
+def _read_scalar(text: str, where: str) -> Any:
+    values, _ = _read_yaml(f"value: {text}", where)
+    return values["value"]
+
+
+def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        node = yaml.compose(text, Loader=_StrictLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{where}: expected keys and values")
+        loader = _StrictLoader("")
+        values = loader.construct_mapping(node, deep=True)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise UsageError(f"{_at(where, line)}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: {error}") from error
+    lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+    return {str(key): value for key, value in values.items()}, lines
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML: no duplicate keys, no anchors (which can grow without bound), no tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _at(where: str, line: int | None) -> str:
+    if line == 0:
+        return "--set"
+    return where if line is None else f"{where}:{line}"
+
+
+def _explain(error: Any, model: type[Recipe]) -> str:
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, model.model_fields, n=1)
+        return f"unknown key {key!r}" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(model.model_fields)}"
+        )
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        message = f"must be {error['ctx']['expected']}"
+    return f"{key}: {message}, found {error['input']!r}"

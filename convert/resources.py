@@ -1,0 +1,73 @@
+"""How much memory and disk there is, and a refusal when it is not enough."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from kvpatch.errors import ResourceError
+from kvpatch.memory import format_bytes
+
+__all__ = ["available_ram", "check_disk", "check_ram"]
+
+_CGROUP = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+_MARGIN = 1.05
+
+
+def available_ram() -> int:
+    """Bytes of memory that this process may still take: the machine's, or its container's."""
+    free: int = psutil.virtual_memory().available
+    for limit_file, usage_file in _CGROUP:
+        if limit_file.is_file() and usage_file.is_file():
+            limit = limit_file.read_text().strip()
+            if limit.isdigit():
+                free = min(free, int(limit) - int(usage_file.read_text()))
+    return max(0, free)
+
+
+def check_ram(needed: int, limit: int | None) -> None:
+    """Refuse a run that needs more memory than allowed or available.
+
+    Args:
+        needed: Predicted peak in bytes.
+        limit: What the user allows; None for no limit but the machine's.
+
+    Raises:
+        ResourceError: With both numbers.
+    """
+    if limit is not None and needed > limit:
+        raise ResourceError(
+            f"the conversion needs {format_bytes(needed)} of memory, --max-ram allows "
+            f"{format_bytes(limit)}",
+            hint=f"Its largest layer sets this; --max-ram {-(-needed // 10**6)}MB is enough.",
+        )
+    free = available_ram()
+    if needed > free:
+        raise ResourceError(
+            f"the conversion needs {format_bytes(needed)} of memory, {format_bytes(free)} are free",
+            hint="End other programs, or run it on a machine with more memory.",
+        )
+
+
+def check_disk(needed: int, folder: Path) -> None:
+    """Refuse a run whose result does not fit on the disk, with five percent to spare.
+
+    Raises:
+        ResourceError: With need, free space and the folder.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed * _MARGIN > free:
+        raise ResourceError(
+            f"the result needs {format_bytes(needed * _MARGIN)} on disk, "
+            f"{format_bytes(free)} are free at {existing}",
+            hint="Free some space, or choose an output on another disk.",
+        )

@@ -1,0 +1,1 @@
+"""Targets: what a converted layer is emitted as."""

@@ -1,0 +1,242 @@
+"""Checking a converted checkpoint: files, shapes, numbers, loading, cache, and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from convert.checkpoint.manifest import read_manifest
+from convert.checkpoint.paths import guarded_path
+from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.staging import MANIFEST
+from convert.facts import ModelFacts, check_shapes, read_facts
+from convert.loading import load_model, load_tokenizer, quiet_transformers
+from kvpatch.errors import InputModelError, KvpatchError, VerificationError
+
+__all__ = ["PROBE", "Check", "cache_bytes", "verify_checkpoint"]
+
+PROBE = (
+    "The quick brown fox — naïve café, 北京 42 — jumps over 3.14 lazy dogs.\n\tif x == 0: return\n"
+)
+_PROBE_TOKENS = 24
+_CACHE_TOLERANCE = 1e-4  # of the largest logit, in float32: rounding order differs, not values
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding of ``verify``."""
+
+    name: str
+    status: Literal["ok", "failed", "skipped"]
+    detail: str
+
+
+def verify_checkpoint(
+    folder: Path,
+    source: Path | None = None,
+    *,
+    run: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> list[Check]:
+    """Check a converted checkpoint.
+
+    Args:
+        folder: The result of a conversion.
+        source: What it was made from; compares tokenizer and untouched tensors with it.
+        run: Load the model and run it; else only files are checked.
+        progress: Called with the name of each check as it begins.
+
+    Returns:
+        All checks with their outcome; a failed check does not stop the others.
+
+    Raises:
+        InputModelError: If a folder does not exist.
+    """
+    for path in filter(None, (folder, source)):
+        if not path.is_dir():
+            raise InputModelError(f"{path} is not a folder")
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("hashes", lambda: _hashes(folder)),
+        ("shapes", lambda: _shapes(folder)),
+        ("finite", lambda: _finite(folder)),
+    ]
+    if source is not None:
+        origin = source
+        steps += [
+            ("source", lambda: _source(folder, origin)),
+            ("tokens", lambda: _tokens(folder, origin)),
+            ("untouched tensors", lambda: _untouched(folder, origin)),
+        ]
+    if run:
+        runner = _Runner(folder)
+        steps += [
+            ("loading", runner.loading),
+            ("cached decoding", runner.cached),
+            ("cache size", runner.size),
+        ]
+    checks = []
+    for name, step in steps:
+        if progress is not None:
+            progress(name)
+        try:
+            with quiet_transformers():
+                checks.append(Check(name, "ok", step()))
+        except _SkippedError as skipped:
+            checks.append(Check(name, "skipped", str(skipped)))
+        except KvpatchError as error:
+            checks.append(Check(name, "failed", error.message))
+    return checks
+
+
+class _SkippedError(Exception):
+    """A check has nothing to check."""
+
+
+def _hashes(folder: Path) -> str:
+    if not (folder / MANIFEST).is_file():
+        raise _SkippedError(f"no {MANIFEST}: not made by kvpatch")
+    files: Mapping[str, Any] = read_manifest(folder)["files"]
+    wrong = []
+    for name, record in files.items():
+        path = guarded_path(folder, name)
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != record["size"]:
+            wrong.append(f"{name} has {path.stat().st_size:,} bytes, expected {record['size']:,}")
+        else:
+            with path.open("rb") as stream:
+                if file_digest(stream, "sha256").hexdigest() != record["sha256"]:
+                    wrong.append(f"{name} has another sha256")
+    stray = {p.name for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"}} - set(files)
+    wrong += [f"{name} was not written by the conversion" for name in sorted(stray)]
+    if wrong:
+        raise VerificationError("; ".join(wrong))
+    return f"{len(files)} files as recorded"
+
+
+def _shapes(folder: Path) -> str:
+    with Checkpoint(folder) as checkpoint:
+        facts = read_facts(checkpoint.config)
+        check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
+        return f"{len(checkpoint.tensors)} tensors, {facts.geometry.kv_heads} KV heads"
+
+
+def _finite(folder: Path) -> str:
+    with Checkpoint(folder) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if not info.dtype.is_floating_point:
+                continue
+            for chunk in checkpoint.chunks(name):
+                if not torch.isfinite(torch.frombuffer(chunk, dtype=info.dtype)).all():
+                    raise VerificationError(f"{name!r} holds NaN or infinity")
+    return "no NaN, no infinity"
+
+
+def _source(folder: Path, source: Path) -> str:
+    recorded = read_manifest(folder)["source"]["files"]
+    with Checkpoint(source, allow_pickle=True) as checkpoint:
+        found = {file: checkpoint.sha256(file) for file in checkpoint.files}
+    expected = {file: record["sha256"] for file, record in recorded.items()}
+    if found != expected:
+        wrong = sorted(f for f in found.keys() | expected.keys() if found.get(f) != expected.get(f))
+        raise VerificationError(f"this is not the source it was made from: {', '.join(wrong)}")
+    return f"{len(found)} source files as recorded"
+
+
+def _tokens(folder: Path, source: Path) -> str:
+    before, after = (load_tokenizer(path)(PROBE)["input_ids"] for path in (source, folder))
+    if before != after:
+        raise VerificationError(f"the probe text gives other token ids: {before} and {after}")
+    return f"{len(before)} equal token ids"
+
+
+def _untouched(folder: Path, source: Path) -> str:
+    with Checkpoint(folder) as new, Checkpoint(source, allow_pickle=True) as old:
+        same = [
+            name
+            for name, info in new.tensors.items()
+            if name in old.tensors
+            and (info.shape, info.dtype) == (old.tensors[name].shape, old.tensors[name].dtype)
+        ]
+        for name in same:
+            pairs = zip(new.chunks(name), old.chunks(name), strict=True)
+            if any(bytes(a) != bytes(b) for a, b in pairs):
+                raise VerificationError(f"{name!r} differs from the source, its shape does not")
+        return f"{len(same)} of {len(new.tensors)} tensors are the source's, byte for byte"
+
+
+class _Runner:
+    """Checks that run the model; it is loaded once, in float32 on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._model: Any = None
+        self._cache: Any = None
+
+    def loading(self) -> str:
+        """Load it with no key missing, unexpected or mismatched."""
+        self._model = load_model(self._folder, dtype=torch.float32)
+        return f"{type(self._model).__name__}, no key missing, unexpected or mismatched"
+
+    @torch.no_grad()
+    def cached(self) -> str:
+        """Decode token by token with a cache and compare with one full forward."""
+        model, ids = self._loaded(), self._ids()
+        full = model(ids, use_cache=False).logits
+        cache, steps = None, []
+        for token in torch.split(ids, 1, dim=1):
+            output = model(token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+        self._cache = cache
+        error = float((torch.cat(steps, 1) - full).abs().max() / full.abs().max())
+        if not error <= _CACHE_TOLERANCE:
+            raise VerificationError(f"logits with a cache differ by {error:.1e} of the largest")
+        return f"{ids.shape[1]} tokens, largest difference {error:.1e} of the largest logit"
+
+    def size(self) -> str:
+        """Count the bytes in the cache and compare with the plan."""
+        if self._cache is None:
+            raise _SkippedError("the model did not run")
+        with Checkpoint(self._folder) as checkpoint:
+            facts = read_facts(checkpoint.config)
+        tokens = self._ids().shape[1]
+        if any(window is not None and window <= tokens for window in facts.windows):
+            raise _SkippedError("windows are shorter than the probe")
+        expected = _float32_cache(facts, tokens)
+        held = cache_bytes(self._cache)
+        if held != expected:
+            raise VerificationError(f"the cache holds {held:,} bytes, planned were {expected:,}")
+        return f"{held:,} bytes for {tokens} tokens in float32, as planned"
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            raise _SkippedError("the model did not load")
+        return self._model
+
+    def _ids(self) -> torch.Tensor:
+        vocabulary: int = self._loaded().config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a transformers cache holds."""
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for layer in cache.layers:
+            for tensor in (layer.keys, layer.values):
+                if tensor is not None:
+                    yield tensor
+
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors())
+
+
+def _float32_cache(facts: ModelFacts, tokens: int) -> int:
+    cache = facts.cache()
+    return cache.size(tokens) // cache.bytes_per_value * 4

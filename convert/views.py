@@ -1,0 +1,156 @@
+"""Results as data for ``--json`` and as tables for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convert.console import Console
+from convert.inspection import CacheRow
+from convert.pipeline import Prepared
+from kvpatch.memory import format_bytes
+
+__all__ = ["cache_data", "plan_data", "print_cache", "print_evaluation", "print_plan"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def cache_data(
+    description: Mapping[str, Any], rows: Sequence[CacheRow], *, context: int, batch: int
+) -> dict[str, Any]:
+    """What ``inspect`` found, in plain types; the first row is the model as it is."""
+    now = rows[0].cache.size(context, batch)
+    return {
+        "model": dict(description),
+        "context": context,
+        "batch": batch,
+        "kv": [
+            {
+                "design": row.design,
+                "command": row.command,
+                "bytes_per_token": row.cache.bytes_per_token,
+                "bytes": row.cache.size(context, batch),
+                "share_of_now": row.cache.size(context, batch) / now,
+            }
+            for row in rows
+        ],
+    }
+
+
+def print_cache(data: Mapping[str, Any], console: Console) -> None:
+    """The model's attention, if there is a model, and the table of cache sizes."""
+    if data["model"]:
+        pairs = [(key, _word(value)) for key, value in data["model"].items() if value]
+        console.table("", ["attention", ""], pairs, numeric=2)
+        console.line("")
+    console.table(
+        f"KV cache for {data['batch']} x {data['context']:,} tokens",
+        ["design", "command", "per token", "in all", "of now"],
+        [
+            (
+                size["design"],
+                size["command"] or "",
+                format_bytes(size["bytes_per_token"]),
+                format_bytes(size["bytes"]),
+                f"{100 * size['share_of_now']:.1f} %",
+            )
+            for size in data["kv"]
+        ],
+        numeric=2,
+    )
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_word(item)}" for key, item in value.items() if item)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def plan_data(prepared: Prepared) -> dict[str, Any]:
+    """Everything the plan says, in plain types."""
+    plan, facts = prepared.plan, prepared.plan.facts
+    return {
+        "source": prepared.source.name,
+        "revision": prepared.source.revision,
+        "output": prepared.recipe.output,
+        "method": prepared.recipe.method,
+        "merge": prepared.recipe.merge,
+        "class": facts.family.architecture,
+        "kv_heads": [facts.geometry.kv_heads, prepared.recipe.kv_heads],
+        "kv_bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
+        "kv_bytes_at_context": [plan.before.size(facts.context), plan.after.size(facts.context)],
+        "context": facts.context,
+        "bytes": [plan.source_bytes, plan.output_bytes],
+        "parameters": plan.parameters,
+        "peak_ram": plan.peak_ram,
+        "files": {shard.file: sum(step.nbytes for step in shard.steps) for shard in plan.shards},
+        "side_files": prepared.side_files,
+        "tensors": [
+            {
+                "name": fate.name,
+                "action": fate.action,
+                "before": list(fate.before),
+                "after": list(fate.after) if fate.after is not None else None,
+            }
+            for fate in plan.fates(prepared.checkpoint.tensors)
+        ],
+    }
+
+
+def print_plan(data: Mapping[str, Any], console: Console) -> None:
+    """The plan in three tables; tensors that differ only in their layer share a line."""
+    heads, token, full = data["kv_heads"], data["kv_bytes_per_token"], data["kv_bytes_at_context"]
+    console.table(
+        f"{data['source']} -> {data['output'] or 'no output'}: {data['method']}, "
+        f"merge {data['merge']}, {data['class']}",
+        ["", "before", "after"],
+        [
+            ("KV heads per layer", str(heads[0]), str(heads[1])),
+            ("KV cache per token", format_bytes(token[0]), format_bytes(token[1])),
+            (
+                f"KV cache of {data['context']:,} tokens",
+                format_bytes(full[0]),
+                format_bytes(full[1]),
+            ),
+            ("weights", format_bytes(data["bytes"][0]), format_bytes(data["bytes"][1])),
+        ],
+    )
+    console.line("")
+    console.table("", ["tensors", "action", "count", "before", "after"], _grouped(data), numeric=2)
+    console.line("")
+    files = data["files"]
+    console.line(f"{len(files)} weight files, {format_bytes(sum(files.values()))}")
+    console.line(f"side files copied: {', '.join(data['side_files']) or 'none'}")
+    console.line(f"peak memory: {format_bytes(data['peak_ram'])}")
+
+
+def _grouped(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, ...], int] = {}
+    for tensor in data["tensors"]:
+        after = "" if tensor["after"] is None else _shape(tensor["after"])
+        pattern = _NUMBER.sub("*", tensor["name"])
+        key = (pattern, tensor["action"], _shape(tensor["before"]), after)
+        groups[key] = groups.get(key, 0) + 1
+    return [(key[0], key[1], str(count), *key[2:]) for key, count in groups.items()]
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def print_evaluation(data: Mapping[str, Any], console: Console) -> None:
+    """A measurement for people."""
+    console.line(
+        f"{data['text']}: {data['windows']} windows of {data['context']} tokens, "
+        f"stride {data['stride']}, {data['tokens']:,} tokens scored, {data['dtype']}"
+    )
+    against = data["against"]
+    rows = [("perplexity", f"{data['perplexity']:.3f}")]
+    if against is not None:
+        rows += [
+            ("perplexity of the source", f"{against['perplexity']:.3f}"),
+            ("mean KL to the source", f"{against['kl']:.4f} nats"),
+            ("same top token", f"{100 * against['top1']:.1f} %"),
+        ]
+    console.table("", ["measure", "value"], rows)

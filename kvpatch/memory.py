@@ -1,0 +1,93 @@
+"""KV cache sizes: the one source of these formulas for plans, cards and tables.
+
+A layer of plain attention stores ``kv_heads * (head_dim + value_dim)`` numbers per token; a layer
+that reads the keys and values of another stores none (CLA, arXiv:2405.12981); a latent layer stores
+``rank + rope_dim`` (MLA, arXiv:2405.04434 section 2.1); a sliding-window layer stops growing at its
+window. Sizes are in bytes, decimal units (1 MB = 10**6 bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["KVCache", "LayerCache", "format_bytes", "latent_cache", "multi_head_cache"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer keeps: ``values`` numbers per token, for at most ``window`` tokens."""
+
+    values: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The KV cache of a whole model.
+
+    Args:
+        layers: One entry per decoder layer.
+        bytes_per_value: Width of a stored number, 2 for bfloat16.
+    """
+
+    layers: tuple[LayerCache, ...]
+    bytes_per_value: int = 2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token adds while every layer still grows."""
+        return self.bytes_per_value * sum(layer.values for layer in self.layers)
+
+    def size(self, tokens: int, batch: int = 1) -> int:
+        """Bytes held after ``tokens`` tokens of ``batch`` sequences."""
+        held = sum(
+            layer.values * (tokens if layer.window is None else min(tokens, layer.window))
+            for layer in self.layers
+        )
+        return self.bytes_per_value * batch * held
+
+
+def multi_head_cache(
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    share: int = 1,
+    windows: Sequence[int | None] | None = None,
+    bytes_per_value: int = 2,
+) -> KVCache:
+    """Cache of MHA, GQA, MQA, and of CLA where ``share`` adjacent layers use one set of KV heads.
+
+    Args:
+        layers: Number of decoder layers.
+        kv_heads: KV heads of a layer that has its own.
+        head_dim: Width of a key head.
+        value_dim: Width of a value head; ``head_dim`` if not given.
+        share: Layers per KV set; the first of each group produces it.
+        windows: Sliding window of each layer, None where a layer sees everything.
+        bytes_per_value: Width of a stored number.
+    """
+    own = kv_heads * (head_dim + (head_dim if value_dim is None else value_dim))
+    spans = windows if windows is not None else [None] * layers
+    return KVCache(
+        tuple(LayerCache(own if i % share == 0 else 0, spans[i]) for i in range(layers)),
+        bytes_per_value,
+    )
+
+
+def latent_cache(*, layers: int, rank: int, rope_dim: int, bytes_per_value: int = 2) -> KVCache:
+    """Cache of MLA: one latent of ``rank`` and one rotary key of ``rope_dim`` per token."""
+    return KVCache((LayerCache(rank + rope_dim),) * layers, bytes_per_value)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes in decimal units with three significant digits: ``4.00 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    if unit == "B":
+        return f"{size:.0f} B"
+    return f"{size:.{max(0, 3 - len(str(int(abs(size)))))}f} {unit}"
