@@ -19,7 +19,7 @@ from kvpatch.memory import format_bytes
 
 __all__ = ["run_demo"]
 
-_CONTEXT = 256
+_CONTEXT, _SAMPLES = 256, 32
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("GQA, 4 KV heads, first", {"method": "gqa", "kv_heads": 4, "merge": "first"}),
     ("GQA, 4 KV heads, mean", {"method": "gqa", "kv_heads": 4, "merge": "mean"}),
@@ -48,7 +48,7 @@ def run_demo(console: Console, keep: Path | None) -> None:
         source, text = folder / "demo-model", folder / "demo-text.txt"
         console.note(f"source: {source}")
         facts = read_facts(read_json(source / "config.json"))
-        evaluation = evaluate_checkpoint(source, text, context=_CONTEXT)
+        evaluation = evaluate_checkpoint(source, text, context=_CONTEXT, samples=_SAMPLES)
         name = f"source, {facts.geometry.kv_heads} KV heads"
         rows = [_row(name, facts.cache().bytes_per_token, evaluation.perplexity, 0.0)]
         for title, keys in _VARIANTS:
@@ -56,7 +56,9 @@ def run_demo(console: Console, keep: Path | None) -> None:
             console.note(f"converting: {title}")
             convert(make_recipe({"source": str(source), "output": str(output), **keys}))
             converted = read_facts(read_json(output / "config.json"))
-            evaluation = evaluate_checkpoint(output, text, against=source, context=_CONTEXT)
+            evaluation = evaluate_checkpoint(
+                output, text, against=source, context=_CONTEXT, samples=_SAMPLES
+            )
             assert evaluation.against is not None
             rows.append(
                 _row(

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and pip: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the oldest transformers we support, layered over the same environment
+OLDEST := .compat
+WORKERS ?= 2
+
+.PHONY: demo test test-oldest lint benchmark clean
+
+demo: $(VENV)/.installed
+	$(BIN)/kvpatch demo
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/families tests/real tests/test_pipeline.py
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/convert.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: $(VENV)/.installed
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.17.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

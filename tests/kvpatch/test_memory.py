@@ -1,0 +1,60 @@
+"""KV cache formulas against published numbers and against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpatch.memory import KVCache, LayerCache, format_bytes, latent_cache, multi_head_cache
+
+DIMS = {"layers": 61, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("cache", "per_token", "in_all"),
+    [
+        (multi_head_cache(kv_heads=128, **DIMS), "4.00 MB", "400 GB"),
+        (multi_head_cache(kv_heads=16, **DIMS), "500 kB", "50.0 GB"),
+        (multi_head_cache(kv_heads=1, **DIMS), "31.2 kB", "3.12 GB"),
+        (latent_cache(layers=61, rank=512, rope_dim=64), "70.3 kB", "7.03 GB"),
+    ],
+    ids=["MHA", "GQA-16", "MQA", "MLA-512+64"],
+)
+def test_published_table_of_a_61_layer_model(cache: KVCache, per_token: str, in_all: str) -> None:
+    assert format_bytes(cache.bytes_per_token) == per_token
+    assert format_bytes(cache.size(tokens=100_000)) == in_all
+
+
+def test_multi_head_cache_is_keys_and_values_of_every_layer_head_and_token() -> None:
+    cache = multi_head_cache(layers=3, kv_heads=2, head_dim=5, value_dim=7, bytes_per_value=4)
+    assert cache.size(tokens=11, batch=13) == 3 * 2 * (5 + 7) * 11 * 13 * 4
+
+
+@pytest.mark.parametrize(("share", "producers"), [(1, 7), (2, 4), (3, 3), (7, 1)])
+def test_shared_layers_store_nothing(share: int, producers: int) -> None:
+    cache = multi_head_cache(layers=7, kv_heads=2, head_dim=4, share=share)
+    assert cache.bytes_per_token == producers * 2 * (4 + 4) * 2
+    assert cache.layers[0].values > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 100])
+def test_windows_stop_growing(tokens: int) -> None:
+    cache = KVCache((LayerCache(10), LayerCache(10, window=4)), bytes_per_value=2)
+    counted = sum(2 * 10 + (2 * 10 if position < 4 else 0) for position in range(tokens))
+    assert cache.size(tokens) == counted
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1.00 kB"),
+        (1000, "1.00 kB"),
+        (31_232, "31.2 kB"),
+        (999_600, "1.00 MB"),
+        (70_272, "70.3 kB"),
+        (5_000_000_000_000_000, "5000 TB"),
+    ],
+)
+def test_format_bytes_keeps_three_digits(size: float, text: str) -> None:
+    assert format_bytes(size) == text

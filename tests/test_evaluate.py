@@ -1,0 +1,135 @@
+"""Perplexity, KL and agreement against plain loops over single tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from convert.cli import app
+from convert.evaluate import evaluate_checkpoint, windows_of
+from convert.pipeline import convert
+from convert.recipe import make_recipe
+from kvpatch.errors import InputModelError, UsageError
+from tests.helpers import load_folder
+
+WORDS = (
+    "Petra is in the kitchen with a brown hat. Oren is in the barn with a black map. "
+    "Where is the brown hat? Petra has the brown hat. Oren leaves the barn. " * 20
+)
+FIRST = torch.tensor([0])  # the bundled tokenizer opens a text with <s>
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(WORDS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pooled(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pooled") / "mqa"
+    return convert(make_recipe({"method": "mqa", "source": str(demo_model), "output": str(out)}))
+
+
+def _token_ids(folder: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer(WORDS, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+
+
+@torch.no_grad()
+def _scored_by_hand(folder: Path, windows: list[torch.Tensor], new: int) -> torch.Tensor:
+    """Log probabilities [N, vocabulary] of the scored positions, one window at a time.
+
+    Of every window but the first only the last ``new`` predictions are scored.
+    """
+    model, rows = load_folder(folder), []
+    for index, window in enumerate(windows):
+        logits = model(window[None]).logits[0, :-1]
+        rows.append((logits if index == 0 else logits[-new:]).double().log_softmax(-1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(64, 64), (64, 16)])
+def test_numbers_agree_with_a_plain_loop(
+    demo_model: Path, pooled: Path, text: Path, context: int, stride: int
+) -> None:
+    result = evaluate_checkpoint(
+        pooled, text, against=demo_model, context=context, stride=stride, samples=5, batch=2
+    )
+    ids, new = _token_ids(demo_model), min(stride, context - 1)
+    windows = [torch.cat([FIRST, ids[i * new : i * new + context - 1]]) for i in range(5)]
+    targets = torch.cat([w[1:] if i == 0 else w[-new:] for i, w in enumerate(windows)])
+    ours = _scored_by_hand(pooled, windows, new)
+    truth = _scored_by_hand(demo_model, windows, new)
+    nll = -ours[torch.arange(len(targets)), targets].mean()
+    kl = (truth.exp() * (truth - ours)).sum(-1).mean()
+    assert result.tokens == len(targets)
+    # logits are float32: differences of 1e-5 are their rounding in another batch shape
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+    assert result.against is not None
+    assert result.against.kl == pytest.approx(float(kl), rel=1e-4)
+    assert result.against.top1 == pytest.approx(
+        float((ours.argmax(-1) == truth.argmax(-1)).double().mean()), abs=1e-9
+    )
+
+
+def test_a_model_does_not_differ_from_itself(demo_model: Path, text: Path) -> None:
+    result = evaluate_checkpoint(demo_model, text, against=demo_model, context=64, samples=3)
+    assert result.against is not None
+    assert result.against.kl == 0.0
+    assert result.against.top1 == 1.0
+    assert result.against.perplexity == result.perplexity
+
+
+def test_windows_without_and_with_a_first_token() -> None:
+    ids = torch.arange(10)
+    empty = torch.empty(0, dtype=torch.long)
+    assert windows_of(ids, empty, context=4, stride=4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows_of(ids, torch.tensor([99]), context=4, stride=4).tolist() == [
+        [99, 0, 1, 2],
+        [99, 3, 4, 5],
+        [99, 6, 7, 8],
+    ]
+    assert windows_of(ids[:3], empty, context=4, stride=4).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(1, 1), (64, 65), (64, 0), (10**6, 64)])
+def test_impossible_windows_are_refused(
+    demo_model: Path, text: Path, context: int, stride: int
+) -> None:
+    with pytest.raises(UsageError, match="--context"):
+        evaluate_checkpoint(demo_model, text, context=context, stride=stride)
+
+
+def test_short_and_unreadable_texts_are_refused(demo_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Mia")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputModelError, match="less than one window"):
+        evaluate_checkpoint(demo_model, tmp_path / "short.txt", context=64)
+    for name in ("bytes.txt", "absent.txt"):
+        with pytest.raises(UsageError, match="cannot read the text"):
+            evaluate_checkpoint(demo_model, tmp_path / name, context=64)
+
+
+def test_saved_measurements_reach_manifest_and_card(
+    demo_model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, runner = tmp_path / "mqa", CliRunner()
+    convert(make_recipe({"method": "mqa", "source": str(demo_model), "output": str(out)}))
+    arguments = ["eval", str(out), "--text", str(text), "--context", "64", "--samples", "2"]
+    assert "Not measured yet" in (out / "README.md").read_text()
+    for _ in range(2):  # the same measurement again replaces itself
+        result = runner.invoke(app, [*arguments, "--against", str(demo_model), "--save", "-q"])
+        assert result.exit_code == 0, result.stderr
+    card = (out / "README.md").read_text()
+    assert card.count("words.txt") == 1
+    assert "Not measured yet" not in card
+    verified = runner.invoke(app, ["verify", str(out), "--files-only", "-q"])
+    assert verified.exit_code == 0, verified.stdout
