@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
@@ -67,9 +68,11 @@ def execute(
 @contextmanager
 def _hashing_source(checkpoint: Checkpoint) -> Iterator[Mapping[str, Future[str]]]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="source-sha256")
+    cancelled = Event()
     try:
-        yield {file: pool.submit(checkpoint.sha256, file) for file in checkpoint.files}
-    finally:
+        yield {file: pool.submit(checkpoint.sha256, file, cancelled) for file in checkpoint.files}
+    finally:  # after an error nobody wants the hashes, and a shard takes seconds
+        cancelled.set()
         pool.shutdown(cancel_futures=True)
 
 

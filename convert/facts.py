@@ -49,16 +49,15 @@ class ModelFacts:
     clip: float | None
     tied: bool
 
-    def cache(self, *, kv_heads: int | None = None, share: int = 1) -> KVCache:
-        """KV cache of this model, or of its conversion to ``kv_heads`` or to shared layers."""
+    def cache(self, *, kv_heads: int | None = None, dtype: str | None = None) -> KVCache:
+        """KV cache of this model, or of its conversion to ``kv_heads`` and ``dtype``."""
         return multi_head_cache(
             layers=self.layers,
             kv_heads=self.geometry.kv_heads if kv_heads is None else kv_heads,
             head_dim=self.geometry.head_dim,
             value_dim=self.geometry.value_dim,
-            share=share,
             windows=self.windows,
-            bytes_per_value=_DTYPE_BYTES[self.dtype],
+            bytes_per_value=_DTYPE_BYTES[dtype or self.dtype],
         )
 
     def legal_kv_heads(self) -> list[int]:
@@ -81,6 +80,8 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
             f"the weights are quantised ({method}); pooling quantised heads is not meaningful",
             hint="Convert the unquantised checkpoint and quantise the result.",
         )
+    if config.get("use_bidirectional_attention"):
+        raise InputModelError("config.json has use_bidirectional_attention: not a causal model")
     if config.get("per_layer_config"):
         raise InputModelError("config.json has per_layer_config: layers differ in their attention")
     config = {**family.defaults, **config}

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from convert.card import inherited_metadata, render_card
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
@@ -83,7 +81,7 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
             facts,
             pooling(kv_heads=recipe.kv_heads, merge=recipe.merge),
             kv_heads=recipe.kv_heads,
-            dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
+            dtype=recipe.dtype,
             max_shard_bytes=parse_size(recipe.max_shard_size),
             recipe=_result_keys(recipe),
         )

@@ -138,7 +138,7 @@ def make_plan(
     method: Method,
     *,
     kv_heads: int,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     max_shard_bytes: int,
     recipe: Mapping[str, Any],
 ) -> Plan:
@@ -149,7 +149,7 @@ def make_plan(
         facts: Its attention.
         method: The conversion of a layer.
         kv_heads: KV heads of each layer afterwards.
-        dtype: Dtype of all floating tensors of the result; None keeps each as it is.
+        dtype: Name of the dtype of all floating tensors of the result; None keeps each as it is.
         max_shard_bytes: Largest weight file, unless a single step needs more.
         recipe: What determines the result, for the plan's identity.
 
@@ -157,13 +157,14 @@ def make_plan(
         InputModelError: If headers contradict config.json, or hold quantised weights.
     """
     check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
-    steps = list(_steps(checkpoint.tensors, facts, method, dtype))
+    cast = getattr(torch, dtype) if dtype is not None else None
+    steps = list(_steps(checkpoint.tensors, facts, method, cast))
     return Plan(
         facts=facts,
         shards=_shards(steps, max_shard_bytes),
         method=method,
         before=facts.cache(),
-        after=facts.cache(kv_heads=kv_heads),
+        after=facts.cache(kv_heads=kv_heads, dtype=dtype),
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         peak_ram=RUNTIME_RAM + max(_working_bytes(s, checkpoint.tensors, kv_heads) for s in steps),
         plan_id=_identity(checkpoint, recipe),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
@@ -117,8 +118,8 @@ class Checkpoint:
         self._fill(info.file, info.start, tensor_bytes(tensor))
         return tensor
 
-    def sha256(self, file: str) -> str:
-        """Hash of a whole weight file.
+    def sha256(self, file: str, cancelled: Event | None = None) -> str:
+        """Hash of a whole weight file; of its beginning if ``cancelled`` is set meanwhile.
 
         Raises:
             InputModelError: If it differs from what the Hub recorded for a cached file.
@@ -128,6 +129,8 @@ class Checkpoint:
         with self.paths[file].open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 digest.update(buffer[:count])
+                if cancelled is not None and cancelled.is_set():
+                    return digest.hexdigest()
         expected = hub_blob_sha256(self.paths[file])
         if expected is not None and digest.hexdigest() != expected:
             raise InputModelError(

@@ -57,12 +57,14 @@ class Windows:
     Args:
         rule: ``all`` layers; ``pattern``: every layer but each ``every``-th; ``from_layer``: the
             layers from ``max_window_layers`` on; ``nope``: those without RoPE; ``never``: none.
-        every: Period of ``pattern``, when the config has no ``sliding_window_pattern``.
+        every: Period of ``pattern``.
+        key: Config key that overrides the period, if the family has one.
         switch: Config key that must be true for windows to be in use, if the family has one.
     """
 
     rule: Literal["all", "pattern", "from_layer", "nope", "never"]
     every: int = 0
+    key: str | None = None
     switch: str | None = None
 
 
@@ -80,8 +82,10 @@ class Family:
         q_norm: Name of the query norm's weight; ``{head}`` where each head has its own tensor.
         k_norm: Same for the key norm.
         interleaved: RoPE pairs neighbouring dims.
-        partial: Share of the head that rotates, where the config does not say.
+        partial: Share of the head that rotates, where the config does not say; None where all of
+            it does, whatever ``partial_rotary_factor`` says.
         theta: Base of the RoPE frequencies, where the config does not say.
+        local_theta: Base in sliding layers, where these rotate on their own.
         windows: Layers with a sliding window, where the config does not list them.
         scale: Config key of the score scale, as (key, exponent); else ``head_dim ** -0.5``.
         nope_every: Every n-th layer has no RoPE, where the config does not list them; 0 for none.
@@ -96,8 +100,9 @@ class Family:
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     interleaved: bool = False
-    partial: float = 1.0
+    partial: float | None = None
     theta: float = 10000.0
+    local_theta: float | None = None
     windows: Windows = Windows("never")
     scale: tuple[str, float] | None = None
     nope_every: int = 0

@@ -40,17 +40,25 @@ def layer_windows(
 
 
 def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, nope: bool) -> Rope:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or family.theta
+    local = family.local_theta is not None and kind == _SLIDING
+    if local:
+        theta = config.get("rope_local_base_freq") or family.local_theta
     if _FULL in parameters or _SLIDING in parameters:
-        parameters = parameters.get(kind, {})
-    elif "rope_local_base_freq" in config and kind == _SLIDING:
-        parameters = {"rope_theta": config["rope_local_base_freq"]}
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        parameters = parameters.get(kind) or {}
+    elif local:
+        parameters = {}  # a scaling that is not given for each layer type is for full attention
+    scaling = parameters.get("rope_type") or parameters.get("type") or "default"
+    share = 1.0
+    if family.partial is not None:
+        given = config.get("partial_rotary_factor", family.partial)
+        share = parameters.get("partial_rotary_factor", given)
     return Rope(
-        dim=0 if nope else int(head_dim * (family.partial if partial is None else partial)),
+        dim=0 if nope else int(head_dim * share),
         interleaved=family.interleaved,
-        theta=float(parameters.get("rope_theta") or config.get("rope_theta") or family.theta),
-        kind=parameters.get("rope_type") or parameters.get("type") or "default",
+        theta=float(parameters.get("rope_theta") or theta),
+        kind="longrope" if scaling == "su" else scaling,  # the name Phi-3 first had for it
     )
 
 
@@ -79,7 +87,7 @@ def _slides(config: Mapping[str, Any], family: Family, layer: int, nope: frozens
     if rule.switch is not None and not config.get(rule.switch):
         return False
     limit = int(config.get("max_window_layers", layer + 1))
-    every = int(config.get("sliding_window_pattern") or rule.every or 1)
+    every = int((rule.key and config.get(rule.key)) or rule.every or 1)
     return {
         "all": True,
         "pattern": (layer + 1) % every != 0 and layer < limit,
