@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -103,8 +105,12 @@ def test_prompt_lookup_decodes_the_same_tokens(model: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", _SPREAD)
 def test_the_source_assists_its_conversion(model: Any, checkpoint: Checkpoints, name: str) -> None:
-    ids = random_ids(model, batch=1)
-    assisted = _generate(model, ids, assistant_model=load(checkpoint(name)))
+    ids, source = random_ids(model, batch=1), load(checkpoint(name))
+    if name == "gemma3_text" and Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(RuntimeError, match="size of tensor"):  # the unconverted model, too
+            _generate(source, ids, assistant_model=source)
+        return
+    assisted = _generate(model, ids, assistant_model=source)
     assert assisted == _generate(model, ids, use_cache=False)
 
 
