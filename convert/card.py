@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from convert.checkpoint.paths import guarded_path
 from kvpatch.memory import format_bytes
 
 __all__ = ["inherited_metadata", "render_card"]
@@ -28,7 +29,7 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the front matter is there but is not YAML with keys and values.
     """
-    card = source / "README.md"
+    card = guarded_path(source, "README.md")
     if not card.is_file():
         return {}
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -36,11 +37,16 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
         return {}
     try:
         metadata = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{card.name}: front matter is not YAML ({error})") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{card.name}: front matter has no keys")
-    return {key: metadata[key] for key in _INHERITED if key in metadata}
+    inherited = {key: metadata[key] for key in _INHERITED if key in metadata}
+    for key, value in inherited.items():
+        words = value if isinstance(value, list) else [value]
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{card.name}: {key} is neither text nor a list of texts")
+    return inherited
 
 
 def render_card(manifest: Mapping[str, Any]) -> bytes:

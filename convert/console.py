@@ -57,7 +57,12 @@ class Console:
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            title=Text(visible(title)) if title else None,
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
         for index, column in enumerate(columns):
             right = index >= numeric
             table.add_column(

@@ -51,7 +51,7 @@ def execute(
         ResourceError: If the disk is full.
     """
     engine = _Engine(plan, checkpoint, staging, allow_nonfinite, progress)
-    with _hashing_source(checkpoint) as hashes:
+    with _one_torch_thread(), _hashing_source(checkpoint) as hashes:
         for shard in plan.shards:
             if shard.file in staging.finished:
                 progress(sum(step.nbytes for step in shard.steps))
@@ -76,6 +76,17 @@ def _hashing_source(checkpoint: Checkpoint) -> Iterator[Mapping[str, Future[str]
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Leave the cores to the threads that hash: torch's own would spin and take them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True, slots=True)
 class _Engine:
     plan: Plan
@@ -95,6 +106,8 @@ class _Engine:
                 else:
                     results.append(self._convert(step, step.layer, writer))
             record = writer.finish()
+        for file in {self.checkpoint.tensors[n].file for s in shard.steps for n in s.inputs}:
+            self.checkpoint.check_unchanged(file)  # else a resumed run would trust this shard
         self.staging.record(shard.file, record, results)
 
     def _copy(self, step: Step, writer: ShardWriter) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.families import Family, family_of
-from convert.families.positions import layer_ropes, layer_windows
+from convert.families.positions import check_positions, layer_ropes, layer_windows
 from convert.layer import Geometry, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
@@ -15,6 +15,7 @@ from kvpatch.memory import KVCache, multi_head_cache
 __all__ = ["ModelFacts", "check_shapes", "read_facts"]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_LARGEST = 10**7  # of any count or width; larger ones would only cost time and memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +75,11 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
             sense.
     """
     family = family_of(config)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if quantization := config.get("quantization_config"):
+        named = isinstance(quantization, dict) and quantization.get("quant_method")
         raise InputModelError(
-            f"the weights are quantised ({method}); pooling quantised heads is not meaningful",
+            f"the weights are quantised ({named or 'unknown method'!r}); "
+            "pooling quantised heads is not meaningful",
             hint="Convert the unquantised checkpoint and quantise the result.",
         )
     if config.get("use_bidirectional_attention"):
@@ -95,12 +97,17 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
             f"config.json: num_key_value_heads {kv_heads} does not divide "
             f"num_attention_heads {heads}"
         )
+    check_positions(config, layers)
     geometry = Geometry(
         hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim
     )
     scale = head_dim**-0.5
     if family.scale is not None:
         key, exponent = family.scale
+        if not isinstance(config[key], int | float) or config[key] <= 0:
+            raise InputModelError(
+                f"config.json: {key} must be a positive number, found {config[key]!r}"
+            )
         scale = float(config[key]) ** exponent
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
         "torch."
@@ -149,7 +156,7 @@ def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> No
                 problems.append((bias, expected[:1], shapes[bias]))
     beyond = facts.family.layer_prefix.format(layer=facts.layers)
     problems += [
-        (name, f"no layer {facts.layers}", shape)
+        (repr(name)[1:-1], f"no layer {facts.layers}", shape)
         for name, shape in shapes.items()
         if name.startswith(beyond)
     ]
@@ -177,4 +184,6 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputModelError(f"config.json: {key} must be a positive integer, found {value!r}")
+    if value > _LARGEST:
+        raise InputModelError(f"config.json: {key} is {value}, larger than any model")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from kvpatch.errors import InputModelError, NetworkError, UsageError
 __all__ = ["Source", "fetch_config", "fetch_source"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_CLIENTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
 _PICKLED = ("*.bin", "*.bin.index.json")
 
 
@@ -39,8 +41,8 @@ class Source:
 def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool = False) -> Source:
     """The checkpoint folder that ``text`` names, downloaded if it is on the Hub.
 
-    The revision is resolved to a commit first, so that all files are of one state even if the
-    branch moves meanwhile.
+    All files are of one commit, even if the branch moves meanwhile: huggingface_hub resolves the
+    revision once, and the snapshot's folder is named by the commit.
 
     Args:
         text: Folder, or ``org/name[@revision]``.
@@ -58,11 +60,12 @@ def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool =
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     with _hub_errors(repository, revision):
-        commit, files = _resolve(repository, revision)
+        files = _files(repository, revision)
         patterns = list(DOWNLOADED)
         if files and not any(file.endswith(".safetensors") for file in files) and allow_pickle:
             patterns += _PICKLED
-        path = Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+        with _bars_on_terminals_only():
+            path = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     return Source(path, repository, repository, path.name)
 
 
@@ -74,8 +77,28 @@ def fetch_config(text: str, *, revision: str | None = None) -> Source:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
 
     with _hub_errors(repository, revision):
+        _files(repository, revision)
         file = Path(hf_hub_download(repository, "config.json", revision=revision))
     return Source(file.parent, repository, repository, file.parent.name)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the Hub's progress bars out of logs, as ours are."""
+    from huggingface_hub.utils.tqdm import (  # noqa: PLC0415
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _parse(text: str, revision: str | None) -> tuple[Source | None, str, str | None]:
@@ -97,14 +120,17 @@ def _parse(text: str, revision: str | None) -> tuple[Source | None, str, str | N
     return None, repository, tail or revision
 
 
-def _resolve(repository: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """Commit and file names of a revision; without network only what is cached can be used."""
+def _files(repository: str, revision: str | None) -> list[str]:
+    """Names of a repository's files; none without network, where only what is cached can be used.
+
+    Asking first makes a Hub that refuses or fails an error, not a fall back to an old cache.
+    """
     from huggingface_hub import HfApi, constants  # noqa: PLC0415
 
     if constants.HF_HUB_OFFLINE:
-        return revision, []
+        return []
     info = HfApi().model_info(repository, revision=revision)
-    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+    return [sibling.rfilename for sibling in info.siblings or []]
 
 
 @contextmanager
@@ -125,7 +151,10 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
             hint="Check the name; for a private model run `hf auth login`.",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise NetworkError(f"{repository} has no revision {revision!r}") from error
+        raise NetworkError(
+            f"{repository} has no revision {revision or 'main'!r}",
+            hint=f"Its branches and tags are at https://huggingface.co/{repository}/tree/main.",
+        ) from error
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise NetworkError(
@@ -135,11 +164,14 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise InputModelError(f"{repository} has no config.json at {revision or 'main'}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no status")
-        raise NetworkError(
-            f"the Hub answered {status} for {repository}",
-            hint="Wait a while and run again; finished downloads are kept.",
-        ) from error
-    except OSError as error:  # also the connection errors of every HTTP client
+        hint = "Wait a while and run again; finished downloads are kept."
+        if status in {401, 403}:
+            hint = "Check your access token: run `hf auth login`."
+        raise NetworkError(f"the Hub answered {status} for {repository}", hint=hint) from error
+    except Exception as error:
+        # HTTP clients differ between versions of huggingface_hub, and so do their errors
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
+            raise
         raise NetworkError(
             f"the Hub cannot be reached for {repository}: {type(error).__name__}",
             hint=_offline_hint(),

@@ -188,6 +188,7 @@ def _steps(
         if name in layer_of:
             inputs.setdefault(layer_of[name], []).append(name)
     done: set[int] = set()
+    outputs: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}  # layers mostly agree
     for name, info in tensors.items():
         if info.dtype in _QUANTISED:
             raise InputModelError(
@@ -200,19 +201,45 @@ def _steps(
         elif layer not in done:
             done.add(layer)
             names = tuple(inputs[layer])
-            bare = {
-                n: torch.empty(tensors[n].shape, dtype=tensors[n].dtype, device="meta")
+            prefix = facts.family.layer_prefix.format(layer=layer)
+            bare = tuple(
+                TensorSpec(n.removeprefix(prefix), tensors[n].dtype, tensors[n].shape)
                 for n in names
-            }
-            converted = method.convert(unpack(bare, facts.family, facts.geometry, layer))
+            )
+            if bare not in outputs:
+                outputs[bare] = _dry_convert(bare, facts, method)
             yield Step(
                 names,
                 tuple(
-                    TensorSpec(n, _cast(t.dtype, dtype), tuple(t.shape))
-                    for n, t in pack(converted, facts.family, layer).items()
+                    TensorSpec(prefix + spec.name, _cast(spec.dtype, dtype), spec.shape)
+                    for spec in outputs[bare]
                 ),
                 layer,
             )
+
+
+def _dry_convert(
+    inputs: tuple[TensorSpec, ...], facts: ModelFacts, method: Method
+) -> tuple[TensorSpec, ...]:
+    """Shapes and dtypes that the method makes of a layer, from running it without data.
+
+    Each tensor is one zero, repeated. Meta tensors would do too, but their first use imports a
+    second and 75 MB of torch.
+
+    Args:
+        inputs: Tensors of a layer, named without its prefix.
+        facts: The source.
+        method: The conversion.
+    """
+    prefix = facts.family.layer_prefix.format(layer=0)
+    zeros = {
+        prefix + spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in inputs
+    }
+    after = method.convert(unpack(zeros, facts.family, facts.geometry, 0))
+    return tuple(
+        TensorSpec(name.removeprefix(prefix), tensor.dtype, tuple(tensor.shape))
+        for name, tensor in pack(after, facts.family, 0).items()
+    )
 
 
 def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -12,6 +12,7 @@ __all__ = [
     "NetworkError",
     "OutputError",
     "ResourceError",
+    "UntrustedSourceError",
     "UsageError",
     "VerificationError",
 ]
@@ -43,6 +44,10 @@ class InputModelError(KvpatchError):
     """The source checkpoint is damaged, contradictory or not supported."""
 
     exit_code = 3
+
+
+class UntrustedSourceError(InputModelError):
+    """The source is not what it was when it was opened; nothing made from it may be kept."""
 
 
 class ResourceError(KvpatchError):

@@ -37,10 +37,16 @@ def guarded_path(root: Path, name: str) -> Path:
     ):
         raise InputModelError(f"the checkpoint names the file {name!r}, which is outside of it")
     path = root / name
-    real = path.resolve()
+    try:
+        path.stat()
+        real = path.resolve()
+    except FileNotFoundError:
+        real = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no unicode, a link to itself
+        raise InputModelError(f"the file name {name!r} cannot be used: {error}") from error
     allowed = [root.resolve()]
     if hub_snapshot(root) is not None:
-        allowed.append((root.parent.parent / "blobs").resolve())
+        allowed.append((root.resolve().parent.parent / "blobs").resolve())
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise InputModelError(f"{name} is a link that leaves the checkpoint (to {real})")
     return path
@@ -48,7 +54,7 @@ def guarded_path(root: Path, name: str) -> Path:
 
 def hub_snapshot(root: Path) -> tuple[str, str] | None:
     """(repository, commit) of a Hub cache folder, ``models--org--name/snapshots/<commit>``."""
-    root = root.absolute()
+    root = root.resolve()
     repo = root.parent.parent.name
     if root.parent.name != "snapshots" or not repo.startswith("models--"):
         return None

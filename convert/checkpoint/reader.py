@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -22,7 +23,7 @@ from convert.checkpoint.safetensors_header import (
     tensor_bytes,
     unique_json,
 )
-from kvpatch.errors import InputModelError
+from kvpatch.errors import InputModelError, UntrustedSourceError
 
 __all__ = ["CHUNK_BYTES", "Checkpoint", "FileState", "read_json"]
 
@@ -66,7 +67,6 @@ class Checkpoint:
         self.config = _read_config(root)
         self.warnings: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
-        self._pickled: Mapping[str, Tensor] = {}
         names, weight_map = _weight_files(root, allow_pickle)
         self.paths = {name: guarded_path(root, name) for name in names}
         for name, path in self.paths.items():
@@ -90,7 +90,6 @@ class Checkpoint:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        self._pickled = {}
 
     def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """Bytes of a tensor in order, at most ``size`` at a time (a multiple of 8).
@@ -98,11 +97,6 @@ class Checkpoint:
         Each chunk is valid until the next is asked for.
         """
         info = self.tensors[name]
-        if name in self._pickled:
-            whole = tensor_bytes(self._pickled[name])
-            for start in range(0, info.nbytes, size):
-                yield whole[start : start + size]
-            return
         buffer = memoryview(bytearray(min(size, info.nbytes)))
         for start in range(0, info.nbytes, size):
             part = buffer[: min(size, info.nbytes - start)]
@@ -112,8 +106,6 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, whole, on the CPU."""
         info = self.tensors[name]
-        if name in self._pickled:
-            return self._pickled[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._fill(info.file, info.start, tensor_bytes(tensor))
         return tensor
@@ -126,14 +118,14 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(CHUNK_BYTES))
-        with self.paths[file].open("rb", buffering=0) as stream:
+        with _read_errors(file), self.paths[file].open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 digest.update(buffer[:count])
                 if cancelled is not None and cancelled.is_set():
                     return digest.hexdigest()
         expected = hub_blob_sha256(self.paths[file])
         if expected is not None and digest.hexdigest() != expected:
-            raise InputModelError(
+            raise UntrustedSourceError(
                 f"{file} is damaged: sha256 {digest.hexdigest()}, the Hub has {expected}",
                 hint=f"Delete {self.paths[file].resolve()} and download again.",
             )
@@ -148,9 +140,9 @@ class Checkpoint:
         try:
             now = FileState.of(self.paths[file])
         except OSError as error:
-            raise InputModelError(f"{file} disappeared during the run: {error}") from error
+            raise UntrustedSourceError(f"{file} disappeared during the run: {error}") from error
         if now != self.files[file]:
-            raise InputModelError(
+            raise UntrustedSourceError(
                 f"{file} changed during the run ({self.files[file].size:,} bytes, "
                 f"now {now.size:,})",
                 hint="Make sure that nothing writes to the source, and run again.",
@@ -158,12 +150,7 @@ class Checkpoint:
 
     def _open_shards(self, weight_map: Mapping[str, str] | None) -> None:
         for name, path in self.paths.items():
-            if name.endswith(".bin"):
-                tensors = read_pickle(path, name)
-                self._pickled = {**self._pickled, **tensors}
-                infos = [TensorInfo(k, t.dtype, tuple(t.shape), name) for k, t in tensors.items()]
-            else:
-                infos = read_header(path, name)
+            infos = (read_pickle if name.endswith(".bin") else read_header)(path, name)
             for info in infos:
                 if weight_map is not None and weight_map.get(info.name) != name:
                     self.warnings.append(
@@ -184,17 +171,30 @@ class Checkpoint:
 
     def _fill(self, file: str, offset: int, target: memoryview) -> None:
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.paths[file], os.O_RDONLY)
+            with _read_errors(file):
+                self._descriptors[file] = os.open(self.paths[file], os.O_RDONLY)
         done = 0
         while done < len(target):
-            count = os.preadv(self._descriptors[file], [target[done:]], offset + done)
+            with _read_errors(file):
+                count = os.preadv(self._descriptors[file], [target[done:]], offset + done)
             if count == 0:
-                raise InputModelError(
+                raise UntrustedSourceError(
                     f"{file} ended at byte {offset + done:,} while it was read; "
                     f"it had {self.files[file].size:,} bytes before",
                     hint="Make sure that nothing writes to the source, and run again.",
                 )
             done += count
+
+
+@contextmanager
+def _read_errors(file: str) -> Iterator[None]:
+    """A disk or network that fails, or a file that is gone, is an error of the source."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UntrustedSourceError(f"{file} disappeared during the run") from error
+    except OSError as error:
+        raise InputModelError(f"{file} cannot be read: {os.strerror(error.errno or 0)}") from error
 
 
 def read_json(path: Path, *, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _weight_files(root: Path, allow_pickle: bool) -> tuple[list[str], Mapping[st
     """Names of the weight files in order, and the index's weight map if there is an index."""
     single, index = (root / _SINGLE).exists(), (root / _INDEX).exists()
     if index:
-        weight_map = _read_weight_map(root / _INDEX, ".safetensors")
+        weight_map = _read_weight_map(guarded_path(root, _INDEX), ".safetensors")
         names = sorted(set(weight_map.values()))
         if single and names != [_SINGLE]:
             raise InputModelError(
@@ -247,7 +247,7 @@ def _weight_files(root: Path, allow_pickle: bool) -> tuple[list[str], Mapping[st
             hint="Use a safetensors revision, or --allow-pickle to read them with weights_only.",
         )
     if pickled_index:
-        weight_map = _read_weight_map(root / _PICKLE_INDEX, ".bin")
+        weight_map = _read_weight_map(guarded_path(root, _PICKLE_INDEX), ".bin")
         return sorted(set(weight_map.values())), weight_map
     return [_PICKLE_SINGLE], None
 

@@ -22,6 +22,7 @@ from kvpatch.errors import InputModelError
 __all__ = [
     "DTYPES",
     "TensorInfo",
+    "check_magic",
     "dtype_name",
     "encode_header",
     "read_header",
@@ -105,7 +106,10 @@ def unique_json(text: str | bytes, where: str) -> Any:
         return result
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=unique)
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
+        return value
     except (ValueError, RecursionError) as error:
         raise InputModelError(f"{where} is not valid JSON: {error}") from error
 
@@ -126,7 +130,9 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
         header = unique_json(stream.read(start - 8), f"{file}: header")
     if not isinstance(header, dict):
         raise InputModelError(f"{file}: the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputModelError(f"{file}: __metadata__ is not a mapping of text to text")
     infos = sorted(
         (_entry(name, value, file, start) for name, value in header.items()),
         key=lambda info: (info.start, info.nbytes),
@@ -177,11 +183,20 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _check_prefix(stream: BinaryIO, size: int, file: str) -> int:
-    head = stream.read(64)
+def check_magic(head: bytes, size: int, file: str) -> None:
+    """Name what often stands where weights should.
+
+    Raises:
+        InputModelError: If the first bytes of the file are those of something else.
+    """
     for magic, what, hint in _NOT_WEIGHTS:
         if head.lower().startswith(magic):
             raise InputModelError(f"{file} is {what}, not weights ({size:,} bytes)", hint=hint)
+
+
+def _check_prefix(stream: BinaryIO, size: int, file: str) -> int:
+    head = stream.read(64)
+    check_magic(head, size, file)
     if size < 8:
         raise InputModelError(
             f"{file} is empty or truncated: {size} bytes", hint=f"Download {file} again."
@@ -202,10 +217,12 @@ def _entry(name: str, value: Any, file: str, start: int) -> TensorInfo:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputModelError(f"{where}: header entry is malformed")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputModelError(f"{where}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise InputModelError(f"{where}: shape or data_offsets are not lists of integers >= 0")
+    if prod(max(1, size) for size in shape) * DTYPES[dtype].itemsize >= 2**63:
+        raise InputModelError(f"{where}: shape {shape} is larger than any tensor can be")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape), file, start + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
         raise InputModelError(

@@ -23,7 +23,7 @@ import filelock
 
 from convert.checkpoint.writer import FileRecord, full_disk_is_our_error
 from kvpatch import __version__
-from kvpatch.errors import OutputError, UsageError
+from kvpatch.errors import OutputError, UntrustedSourceError, UsageError
 
 __all__ = ["MANIFEST", "Staging", "check_output"]
 
@@ -46,6 +46,14 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
             f"the output {out} and the source {source} lie in each other",
             hint="Choose an output folder outside the source.",
         )
+    _check_replaceable(out, overwrite=overwrite)
+    parent = next(path for path in (target.parent, *target.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {parent}, which is to hold the output")
+
+
+def _check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse to put a result where something stands that is not ours to replace."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"the output {out} exists and is not a folder")
     if out.exists():
@@ -61,9 +69,6 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
                 f"{out} holds no {MANIFEST}, so it was not made by kvpatch and is not replaced",
                 hint="Choose another path, or remove the folder yourself.",
             )
-    parent = next(path for path in (target.parent, *target.parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write to {parent}, which is to hold the output")
 
 
 class Staging:
@@ -90,11 +95,13 @@ class Staging:
         self.finished: dict[str, tuple[FileRecord, list[dict[str, Any]]]] = {}
 
     def __enter__(self) -> Self:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        with full_disk_is_our_error(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
         try:
             self._restore_interrupted_swap()
-            self._open()
+            with full_disk_is_our_error(self.path):
+                self._open()
         except BaseException:
             self._drop_lock()
             raise
@@ -106,7 +113,8 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path.exists() and not self.finished:  # nothing worth resuming
+        # nothing is worth resuming if no shard is done, or if the source is not what it was
+        if self.path.exists() and (not self.finished or isinstance(error, UntrustedSourceError)):
             shutil.rmtree(self.path)
         self._drop_lock()
 
@@ -128,17 +136,20 @@ class Staging:
         Raises:
             OutputError: If something appeared at the output path meanwhile.
         """
-        if self.out.exists() and any(self.out.iterdir()) and not self._overwrite:
-            raise OutputError(f"{self.out} appeared while it was being made; nothing is replaced")
-        (self.path / _JOURNAL).unlink()
-        _fsync_folder(self.path)
+        _check_replaceable(self.out, overwrite=self._overwrite)
+        with full_disk_is_our_error(self.path):
+            (self.path / _JOURNAL).unlink()
+            for folder in (*filter(Path.is_dir, self.path.rglob("*")), self.path):
+                _fsync_folder(folder)
         try:
             if self.out.exists():
                 self.out.rename(self._aside)
             self.path.rename(self.out)
         except OSError as error:
+            self._restore_interrupted_swap()
             raise OutputError(f"cannot publish {self.out}: {error}") from error
-        _fsync_folder(self.out.parent)
+        with full_disk_is_our_error(self.out):
+            _fsync_folder(self.out.parent)
         if self._aside.exists():
             shutil.rmtree(self._aside)
 
@@ -155,7 +166,11 @@ class Staging:
         except OSError as error:
             raise OutputError(f"cannot lock {lock}: {error}") from error
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        lock.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {now}\n")
+        try:
+            lock.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {now}\n")
+        except OSError:
+            self._drop_lock()
+            raise
 
     def _drop_lock(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)  # while held: nobody else can have it
@@ -164,10 +179,10 @@ class Staging:
     def _restore_interrupted_swap(self) -> None:
         if not self._aside.exists():
             return
-        if self.out.exists():
+        if (self.out / MANIFEST).exists():
             shutil.rmtree(self._aside)
-        else:
-            self._aside.rename(self.out)
+        elif not self.out.exists() or not any(self.out.iterdir()):
+            self._aside.rename(self.out)  # also over an empty folder
 
     def _open(self) -> None:
         if self.path.exists() and not self._resume:
@@ -184,7 +199,10 @@ class Staging:
 
     def _read_journal(self) -> None:
         journal = self.path / _JOURNAL
-        lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+        whole, _, torn = (journal.read_bytes() if journal.exists() else b"").rpartition(b"\n")
+        if torn:  # cut off what a crash left unfinished, so that the next line stands alone
+            os.truncate(journal, len(whole) + 1 if whole else 0)
+        lines = whole.split(b"\n") if whole else []
         entries = []
         for line in lines:
             with contextlib.suppress(ValueError):  # a torn line: its shard is written again

@@ -54,7 +54,11 @@ class ShardWriter:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         # 0o666 lets the umask decide the mode, as for any file a program makes
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self.write(memoryview(header))
+        try:
+            self.write(memoryview(header))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __enter__(self) -> Self:
         return self

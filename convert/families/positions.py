@@ -7,10 +7,44 @@ from typing import Any
 
 from convert.families.family import Family
 from convert.layer import Rope
+from kvpatch.errors import InputModelError
 
-__all__ = ["layer_ropes", "layer_windows"]
+__all__ = ["check_positions", "layer_ropes", "layer_windows"]
 
+_NUMBERS = frozenset(
+    {
+        "max_window_layers",
+        "no_rope_layer_interval",
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+        "rope_theta",
+        "sliding_window",
+        "sliding_window_pattern",
+    }
+)
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def check_positions(config: Mapping[str, Any], layers: int) -> None:
+    """Check the types of the values that describe positions and windows.
+
+    Raises:
+        InputModelError: Naming the key, what was expected and what was found.
+    """
+    tables = [config]
+    for key in ("rope_parameters", "rope_scaling"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict):
+            raise InputModelError(f"config.json: {key} must be an object, found {table!r}")
+        tables += [table, *(value for value in table.values() if isinstance(value, dict))]
+    for table in tables:
+        for key in _NUMBERS & table.keys():
+            if table[key] and (not isinstance(table[key], int | float) or table[key] < 0):
+                raise InputModelError(f"config.json: {key} must be a number, found {table[key]!r}")
+    for key in ("layer_types", "no_rope_layers"):
+        listed = config.get(key)
+        if listed and (not isinstance(listed, list) or len(listed) < layers):
+            raise InputModelError(f"config.json: {key} must list {layers} layers, found {listed!r}")
 
 
 def layer_ropes(

@@ -268,12 +268,13 @@ def family_of(config: Mapping[str, object]) -> Family:
         raise InputModelError(f"{model_type} caches a latent already (MLA)", hint=how)
     if config.get("is_encoder_decoder"):
         raise InputModelError(
-            f"{model_type} is an encoder-decoder; only decoder-only models are converted", hint=how
+            f"{model_type!r} is an encoder-decoder; only decoder-only models are converted",
+            hint=how,
         )
     for key in ("text_config", "vision_config"):
         if key in config:
             raise InputModelError(
-                f"{model_type} wraps a text model ({key} in config.json)",
+                f"{model_type!r} wraps a text model ({key} in config.json)",
                 hint=f"Save its language model as a checkpoint of its own first. {how}",
             )
     raise InputModelError(f"model_type {model_type!r} is not supported", hint=how)

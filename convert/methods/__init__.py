@@ -16,7 +16,7 @@ class Method:
 
     Args:
         reads: Canonical fields it needs; all other tensors pass through as bytes.
-        convert: The layer's new form. Runs on meta tensors too, which gives the plan its shapes.
+        convert: The layer's new form. Runs on zeros too, which gives the plan its shapes.
         measure: What the step lost, by name, from the layer before and after.
     """
 
