@@ -26,7 +26,7 @@ from kvpatch.memory import KVCache
 __all__ = ["Fate", "Plan", "Shard", "Step", "TensorSpec", "make_plan"]
 
 # interpreter, torch and this package, resident: measured by benchmarks/convert.py
-RUNTIME_RAM = 330_000_000
+RUNTIME_RAM = 270_000_000
 _QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 

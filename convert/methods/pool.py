@@ -64,12 +64,18 @@ def lost_energy(heads: Tensor, pooled: Tensor) -> float:
     for the mean of g unrelated heads. Zero weights lose nothing.
     """
     lost = total = 0.0
-    grouped = heads.reshape(len(pooled), -1, *heads.shape[1:])
-    for members, merged in zip(grouped, pooled, strict=True):
-        wide = members.to(wider(heads.dtype))
-        total += float(wide.square().sum())
-        lost += float((wide - merged.to(wide.dtype)).square().sum())
+    size = len(heads) // len(pooled)
+    for index, head in enumerate(heads):
+        wide = head.to(wider(heads.dtype), copy=True)
+        total += _energy(wide)
+        wide -= pooled[index // size].to(wide.dtype)
+        lost += _energy(wide)
     return lost / total if total else 0.0
+
+
+def _energy(values: Tensor) -> float:
+    """Squared norm, summed over the last dim in the dtype of ``values`` and then in float64."""
+    return float(torch.linalg.vecdot(values, values).double().sum())
 
 
 def pool(layer: AttentionLayer, *, kv_heads: int, merge: Merge) -> AttentionLayer:
