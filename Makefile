@@ -20,10 +20,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test-oldest: $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/families tests/real tests/test_pipeline.py
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/families tests/real tests/test_verify.py tests/test_evaluate.py
 
 benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python -m benchmarks.convert --dir $(or $(DIR),/tmp) --sizes 2 4
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

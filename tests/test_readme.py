@@ -1,0 +1,78 @@
+"""What the README shows is what happens: its numbers, commands and lists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from convert.cli import app
+from convert.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _block(name: str) -> str:
+    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+
+
+def test_demo_prints_the_table_shown() -> None:
+    result = CliRunner().invoke(app, ["demo", "--json", "-q"])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    shown = [re.split(r"\s{2,}", line) for line in _block("demo").splitlines()[3:-1]]
+    assert [row["variant"] for row in rows] == [line[0] for line in shown]
+    for row, (_, _, perplexity, kl) in zip(rows, shown, strict=True):
+        # the last digit may differ between processors, whose sums round in another order
+        assert row["perplexity"] == pytest.approx(float(perplexity), abs=0.011)
+        assert row["kl"] == pytest.approx(float(kl), abs=0.0011)
+
+
+def test_pooling_to_one_head_visibly_hurts_the_demo_model() -> None:
+    lines = _block("demo").splitlines()
+    perplexities = [float(re.split(r"\s{2,}", line)[2]) for line in lines[3:-1]]
+    assert perplexities[-1] > 5 * perplexities[0]
+
+
+def test_benchmark_table_quotes_the_results() -> None:
+    results = json.loads((ROOT / "benchmarks/results/convert.json").read_text())
+    expected = []
+    for run in results["runs"]:
+        copy = run["medians"]["copy"]["wall"]
+        for way in ("copy", "kvpatch", "usual"):
+            median = run["medians"][way]
+            memory = "" if way == "copy" else f"{median['peak_rss'] / 1e6:.0f} MB"
+            ratio = "1 x" if way == "copy" else f"{median['wall'] / copy:.2f} x"
+            size = f"{run['source_bytes'] / 1e9:.2f} GB"
+            expected.append([size, f"{median['wall']:.1f} s", memory, ratio])
+    cells = [line.strip("|").split("|") for line in _block("benchmark").splitlines()[3:]]
+    shown = [[cell.strip() for i, cell in enumerate(row) if i != 1] for row in cells]
+    assert shown == expected
+
+
+def test_every_family_is_listed() -> None:
+    listed = README.split("## Supported models")[1].split("\n\n")[1]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(FAMILIES)
+
+
+def test_every_command_is_listed() -> None:
+    listed = set(re.findall(r"^\| `kvpatch (\w+)", README, flags=re.MULTILINE))
+    result = CliRunner().invoke(app, ["--help"])
+    commands = set(re.findall(r"^  (\w+)  ", result.stdout.split("Commands:")[1], re.MULTILINE))
+    assert listed == commands
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"$ make {target} " in README
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
