@@ -227,9 +227,9 @@ def _assert_stock_positions(config: dict[str, Any]) -> None:
     ("config", "why"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
         ({"model_type": "deepseek_v3"}, "deepseek_v3 caches a latent already"),
-        ({"model_type": "gemma3", "text_config": {}}, "gemma3 wraps a text model"),
+        ({"model_type": "gemma3", "text_config": {}}, "'gemma3' wraps a text model"),
         ({"model_type": "no_such_model"}, "'no_such_model' is not supported"),
         ({}, "no model_type"),
         ({"model_type": 7}, "no model_type"),
