@@ -137,7 +137,7 @@ class _Engine:
                 raise _nonfinite_source(self.checkpoint, name)
             tensors[name] = tensor.to(torch.promote_types(tensor.dtype, step.outputs[0].dtype))
         before = unpack(tensors, facts.family, facts.geometry, layer)
-        after = method.convert(before)
+        after, results = method.convert(before)
         packed = pack(after, facts.family, layer)
         for spec in step.outputs:
             tensor = packed.pop(spec.name).to(spec.dtype)
@@ -149,7 +149,7 @@ class _Engine:
         return {
             "layer": layer,
             "kv_heads": [before.geometry.kv_heads, after.geometry.kv_heads],
-            **method.measure(before, after),
+            **results,
         }
 
 

@@ -84,6 +84,7 @@ class AttentionLayer:
         o_bias: [E].
         q_norm: [D] if shared by the heads, else [H, D].
         k_norm: [D] if shared by the heads, else [Hkv, D].
+        rope: Rotary positions; None where the method does not need them.
     """
 
     geometry: Geometry
@@ -97,3 +98,4 @@ class AttentionLayer:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    rope: Rope | None = None

@@ -166,7 +166,7 @@ def make_plan(
         before=facts.cache(),
         after=facts.cache(kv_heads=kv_heads, dtype=dtype),
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
-        peak_ram=RUNTIME_RAM + max(_working_bytes(s, checkpoint.tensors, kv_heads) for s in steps),
+        peak_ram=RUNTIME_RAM + max(_working_bytes(s, checkpoint.tensors, method) for s in steps),
         plan_id=_identity(checkpoint, recipe),
     )
 
@@ -207,7 +207,7 @@ def _steps(
                 for n in names
             )
             if bare not in outputs:
-                outputs[bare] = _dry_convert(bare, facts, method)
+                outputs[bare] = _outline(bare, facts, method)
             yield Step(
                 names,
                 tuple(
@@ -218,10 +218,10 @@ def _steps(
             )
 
 
-def _dry_convert(
+def _outline(
     inputs: tuple[TensorSpec, ...], facts: ModelFacts, method: Method
 ) -> tuple[TensorSpec, ...]:
-    """Shapes and dtypes that the method makes of a layer, from running it without data.
+    """Names, shapes and dtypes that the method makes of a layer.
 
     Each tensor is one zero, repeated. Meta tensors would do too, but their first use imports a
     second and 75 MB of torch.
@@ -235,7 +235,7 @@ def _dry_convert(
     zeros = {
         prefix + spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in inputs
     }
-    after = method.convert(unpack(zeros, facts.family, facts.geometry, 0))
+    after = method.outline(unpack(zeros, facts.family, facts.geometry, 0))
     return tuple(
         TensorSpec(name.removeprefix(prefix), tensor.dtype, tuple(tensor.shape))
         for name, tensor in pack(after, facts.family, 0).items()
@@ -267,17 +267,13 @@ def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
     )
 
 
-def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], kv_heads: int) -> int:
-    """Memory of a step.
-
-    A copy takes chunk buffers. A layer takes its tensors, before and after, and three copies of
-    the widest group of heads in the accumulation dtype.
-    """
+def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method) -> int:
+    """Memory of a step: chunk buffers, and for a layer its tensors before and after."""
+    buffers = 6 * CHUNK_BYTES
     if step.layer is None:
-        return 6 * CHUNK_BYTES
-    inputs = [tensors[name] for name in step.inputs]
-    group = max(2 * prod(info.shape) * info.dtype.itemsize for info in inputs) // kv_heads
-    return sum(info.nbytes for info in inputs) + 2 * step.nbytes + 3 * group + 6 * CHUNK_BYTES
+        return buffers
+    inputs = [tensors[name].nbytes for name in step.inputs]
+    return sum(inputs) + 2 * step.nbytes + method.working_bytes(max(inputs)) + buffers
 
 
 def _fate(info: TensorInfo, written: TensorSpec | None, step: Step) -> Fate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def unpack(
         layer: Decoder layer.
     """
     prefix = family.layer_prefix.format(layer=layer)
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
     for projection in family.projections:
         name = f"{prefix}{projection.name}"
         if (weight := tensors.get(f"{name}.weight")) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from convert.layer import AttentionLayer
 
@@ -16,10 +17,14 @@ class Method:
 
     Args:
         reads: Canonical fields it needs; all other tensors pass through as bytes.
-        convert: The layer's new form. Runs on zeros too, which gives the plan its shapes.
-        measure: What the step lost, by name, from the layer before and after.
+        outline: A layer of the shapes and dtypes that ``convert`` gives, for the plan; sees
+            zeros, and must be cheap.
+        convert: The layer's new form, and what the step lost, by name.
+        working_bytes: Memory that ``convert`` takes beside the layer before and after, from the
+            bytes of the layer's largest tensor.
     """
 
     reads: frozenset[str]
-    convert: Callable[[AttentionLayer], AttentionLayer]
-    measure: Callable[[AttentionLayer, AttentionLayer], Mapping[str, float]]
+    outline: Callable[[AttentionLayer], AttentionLayer]
+    convert: Callable[[AttentionLayer], tuple[AttentionLayer, Mapping[str, Any]]]
+    working_bytes: Callable[[int], int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def pool(layer: AttentionLayer, *, kv_heads: int, merge: Merge) -> AttentionLaye
     geometry = layer.geometry
     if kv_heads < 1 or geometry.kv_heads % kv_heads:
         raise ValueError(f"{kv_heads} KV heads do not divide {geometry.kv_heads}")
-    pooled = {}
+    pooled: dict[str, Any] = {}
     for name in _KV_FIELDS:
         heads = getattr(layer, name)
         if heads is not None and not (name == "k_norm" and heads.dim() == 1):
@@ -98,20 +98,23 @@ def pool(layer: AttentionLayer, *, kv_heads: int, merge: Merge) -> AttentionLaye
 
 
 def pooling(*, kv_heads: int, merge: Merge) -> Method:
-    """The method for the engine; its measure is the lost energy of ``k`` and of ``v``."""
+    """The method for the engine; it reports the lost energy of ``k`` and of ``v``."""
+
+    def convert(layer: AttentionLayer) -> tuple[AttentionLayer, Mapping[str, Any]]:
+        pooled = pool(layer, kv_heads=kv_heads, merge=merge)
+        assert layer.k is not None
+        assert layer.v is not None
+        assert pooled.k is not None
+        assert pooled.v is not None
+        return pooled, {
+            "lost_energy_k": lost_energy(layer.k, pooled.k),
+            "lost_energy_v": lost_energy(layer.v, pooled.v),
+        }
+
     return Method(
         reads=frozenset({"k", "v", "k_norm"}),
-        convert=partial(pool, kv_heads=kv_heads, merge=merge),
-        measure=_measure,
+        outline=partial(pool, kv_heads=kv_heads, merge="first"),
+        convert=convert,
+        # three copies of a group of heads in the accumulation dtype, twice as wide
+        working_bytes=lambda largest: 6 * largest // kv_heads,
     )
-
-
-def _measure(before: AttentionLayer, after: AttentionLayer) -> dict[str, float]:
-    assert before.k is not None
-    assert before.v is not None
-    assert after.k is not None
-    assert after.v is not None
-    return {
-        "lost_energy_k": lost_energy(before.k, after.k),
-        "lost_energy_v": lost_energy(before.v, after.v),
-    }

@@ -241,10 +241,12 @@ def test_heads_that_do_not_divide(layer: AttentionLayer, kv_heads: int) -> None:
 
 def test_method_reads_what_it_changes_and_measures_keys_and_values(layer: AttentionLayer) -> None:
     method = pooling(kv_heads=1, merge="mean")
-    pooled = method.convert(layer)
+    pooled, measured = method.convert(layer)
     changed = {name for name in "qkvo" if getattr(pooled, name) is not getattr(layer, name)}
     assert changed <= method.reads
-    measured = method.measure(layer, pooled)
+    outline = method.outline(layer)
+    for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
+        assert getattr(outline, name).shape == getattr(pooled, name).shape
     for part in "kv":
         heads = getattr(layer, part).double()
         spread = heads - heads.mean(0)
