@@ -19,6 +19,8 @@ _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 _METHODS = {
     "mean": "Adjacent KV heads are replaced by their mean, the published conversion "
     "(Ainslie et al., arXiv:2305.13245, section 2.1).",
+    "svd": "Keys are merged by a query-weighted Hermitian PCA in each RoPE plane, values by a PCA "
+    "under the metric of the output projection; queries and output projection absorb the maps.",
     "first": "Of adjacent KV heads the first is kept (Ainslie et al., arXiv:2305.13245, figure 4).",
 }
 
@@ -82,6 +84,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
         method=_METHODS[recipe["merge"]],
+        energy="as queries and outputs read it" if recipe["merge"] == "svd" else "of the weights",
         lost={part: _mean_percent(layers, f"lost_energy_{part}") for part in ("k", "v")},
         evaluations=manifest["evaluations"],
         architecture=manifest["architecture"],

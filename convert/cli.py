@@ -33,7 +33,7 @@ Source = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder, or org/name[@revision] on the Hub.")
 ]
 Output = Annotated[str, typer.Argument(metavar="OUT", help="Folder to make; must not exist.")]
-Merge = Annotated[str, typer.Option(help="How KV heads become one: mean or first.")]
+Merge = Annotated[str, typer.Option(help="How KV heads become one: mean, first or svd.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Dtype = Annotated[
     str | None,
@@ -104,8 +104,12 @@ def inspect(
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in the cache.")] = 1,
-    layers: Annotated[int | None, typer.Option(min=1, help="Without SRC: layers.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Without SRC: query heads.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Without SRC: layers.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Without SRC: query heads.")
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Without SRC: head width.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Without SRC: KV heads.")] = None,
     value_bytes: Annotated[int, typer.Option(min=1, help="Without SRC: bytes a number.")] = 2,
@@ -151,6 +155,9 @@ def gqa(
     output: Output,
     kv_heads: Annotated[int, typer.Option(help="KV heads of each layer afterwards.")],
     merge: Merge = "mean",
+    group: Annotated[
+        str, typer.Option(help="Which heads become one: adjacent, or similar with --merge svd.")
+    ] = "adjacent",
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,

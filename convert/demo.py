@@ -25,6 +25,9 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("GQA, 4 KV heads, mean", {"method": "gqa", "kv_heads": 4, "merge": "mean"}),
     ("GQA, 2 KV heads, mean", {"method": "gqa", "kv_heads": 2, "merge": "mean"}),
     ("MQA, 1 KV head, mean", {"method": "mqa", "merge": "mean"}),
+    ("GQA, 4 KV heads, svd", {"method": "gqa", "kv_heads": 4, "merge": "svd"}),
+    ("GQA, 2 KV heads, svd", {"method": "gqa", "kv_heads": 2, "merge": "svd"}),
+    ("MQA, 1 KV head, svd", {"method": "mqa", "merge": "svd"}),
 )
 
 

@@ -136,7 +136,8 @@ class _Engine:
             if not _is_finite(tensor):
                 raise _nonfinite_source(self.checkpoint, name)
             tensors[name] = tensor.to(torch.promote_types(tensor.dtype, step.outputs[0].dtype))
-        before = unpack(tensors, facts.family, facts.geometry, layer)
+        rope = facts.ropes[layer]
+        before = unpack(tensors, facts.family, facts.geometry, layer, rope=rope)
         after, results = method.convert(before)
         packed = pack(after, facts.family, layer)
         for spec in step.outputs:

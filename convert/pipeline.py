@@ -21,7 +21,9 @@ from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.execute import execute
 from convert.facts import ModelFacts, read_facts
 from convert.hub import Source, fetch_source
+from convert.methods import Method
 from convert.methods.pool import pooling
+from convert.methods.svd import svd_merge
 from convert.plan import Plan, make_plan
 from convert.recipe import Recipe, parse_size
 from convert.resources import check_disk, check_ram
@@ -79,7 +81,7 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
         plan = make_plan(
             checkpoint,
             facts,
-            pooling(kv_heads=recipe.kv_heads, merge=recipe.merge),
+            _method(recipe),
             kv_heads=recipe.kv_heads,
             dtype=recipe.dtype,
             max_shard_bytes=parse_size(recipe.max_shard_size),
@@ -150,6 +152,11 @@ def convert(
 
 def _check_target(recipe: Recipe, facts: ModelFacts) -> None:
     now, wanted = facts.geometry.kv_heads, recipe.kv_heads
+    if recipe.merge == "svd" and facts.clip is not None:
+        raise UsageError(
+            f"--merge svd would change what clip_qkv {facts.clip} cuts off in this model",
+            hint="Choose --merge mean or first.",
+        )
     legal = facts.legal_kv_heads()
     if wanted in legal:
         return
@@ -160,6 +167,12 @@ def _check_target(recipe: Recipe, facts: ModelFacts) -> None:
         f"--kv-heads {wanted} does not work for a {name} model with {now} KV heads per layer",
         hint=f"Choose one of {', '.join(map(str, legal))}: smaller than {now} and dividing it.",
     )
+
+
+def _method(recipe: Recipe) -> Method:
+    if recipe.merge == "svd":
+        return svd_merge(kv_heads=recipe.kv_heads, grouping=recipe.group)
+    return pooling(kv_heads=recipe.kv_heads, merge=recipe.merge)
 
 
 def _result_keys(recipe: Recipe) -> dict[str, Any]:
@@ -210,6 +223,7 @@ def _manifest(
         },
         "recipe": _result_keys(prepared.recipe),
         "architecture": plan.facts.family.architecture,
+        "converted": sorted(plan.method.reads),
         "kv_cache": {
             "kv_heads": [plan.facts.geometry.kv_heads, prepared.recipe.kv_heads],
             "context": context,

@@ -7,10 +7,10 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvpatch.errors import UsageError
 
@@ -52,7 +52,7 @@ class _Conversion(BaseModel):
     source: str = Field(description="Folder, or org/name[@revision] on the Hub.", min_length=1)
     output: str | None = Field(None, description="Folder to make; must not exist.", min_length=1)
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub source.")
-    merge: Literal["mean", "first"] = Field("mean", description="How KV heads become one.")
+    merge: Literal["mean", "first", "svd"] = Field("mean", description="How KV heads become one.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the weights written; the source's if not given."
     )
@@ -69,6 +69,15 @@ class GqaRecipe(_Conversion):
 
     method: Literal["gqa"] = "gqa"
     kv_heads: int = Field(ge=1, description="KV heads of each layer afterwards.")
+    group: Literal["adjacent", "similar"] = Field(
+        "adjacent", description="Which KV heads become one; similar needs merge svd."
+    )
+
+    @model_validator(mode="after")
+    def _grouping_needs_svd(self) -> Self:
+        if self.group == "similar" and self.merge != "svd":
+            raise ValueError("group similar needs merge svd, which says what a group would lose")
+        return self
 
 
 class MqaRecipe(_Conversion):
@@ -80,6 +89,11 @@ class MqaRecipe(_Conversion):
     def kv_heads(self) -> int:
         """KV heads of each layer afterwards."""
         return 1
+
+    @property
+    def group(self) -> Literal["adjacent", "similar"]:
+        """All heads become one, so there is nothing to choose."""
+        return "adjacent"
 
 
 Recipe = GqaRecipe | MqaRecipe

@@ -15,6 +15,7 @@ from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts, check_shapes, read_facts
+from convert.families import tensor_names
 from convert.loading import load_model, load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
 
@@ -157,16 +158,22 @@ def _tokens(folder: Path, source: Path) -> str:
 
 def _untouched(folder: Path, source: Path) -> str:
     with Checkpoint(folder) as new, Checkpoint(source, allow_pickle=True) as old:
+        facts = read_facts(old.config)
+        parts = read_manifest(folder)["converted"]
+        converted = {
+            name
+            for layer in range(facts.layers)
+            for name in tensor_names(facts.family, facts.geometry, layer, parts)
+        }
         same = [
             name
             for name, info in new.tensors.items()
-            if name in old.tensors
-            and (info.shape, info.dtype) == (old.tensors[name].shape, old.tensors[name].dtype)
+            if name not in converted and info.dtype == old.tensors[name].dtype
         ]
         for name in same:
             pairs = zip(new.chunks(name), old.chunks(name), strict=True)
             if any(bytes(a) != bytes(b) for a, b in pairs):
-                raise VerificationError(f"{name!r} differs from the source, its shape does not")
+                raise VerificationError(f"{name!r} differs from the source, but was not converted")
         return f"{len(same)} of {len(new.tensors)} tensors are the source's, byte for byte"
 
 

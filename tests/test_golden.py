@@ -23,32 +23,37 @@ COMMANDS = {
     "mqa": ["mqa"],
     "gqa_shards": ["gqa", "--kv-heads", "2", "--max-shard-size", "2KB", "--dtype", "bfloat16"],
 }
+# what linear algebra computes may differ in the last bit between processors: no record of it
+REPEATED = {
+    **COMMANDS,
+    "gqa_svd": ["gqa", "--kv-heads", "2", "--merge", "svd", "--group", "similar"],
+}
 GOLDEN = {
     "gqa_mean": {
-        "README.md": "0652e6e697dac28c8c31b256f3801060",
+        "README.md": "67c2cc39e02382824bd1eb12798d2581",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "6572771d661c32f8a05cb850bca81f47",
+        "kvpatch.json": "78b91557268d12251874c30c165eaf63",
         "model.safetensors": "7944ff970442737cfd9c26f56d64ee88",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_first": {
-        "README.md": "69795ceffe0992013db42dfab3d2e731",
+        "README.md": "19766bc8fb390b4da8faa961a9830554",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "6017933d7c631c2b2e5623afe0da5b29",
+        "kvpatch.json": "67a768d65e9d001c46411c74ae1f9631",
         "model.safetensors": "485d108cb07b34ee5042533ca8f397d4",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "mqa": {
-        "README.md": "940be5c4bf2142360e41eee6e937d9fd",
+        "README.md": "e943cebf6542aaf51f473b72971cd177",
         "config.json": "b8d2065a563f42bb91870abc60b49a8e",
-        "kvpatch.json": "97f857b8e2eeb9d7fb2100375ec85fb3",
+        "kvpatch.json": "11fc7387af17797052943c475fc18c2c",
         "model.safetensors": "9e4ba72190185c2116d54d8125c40d63",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_shards": {
-        "README.md": "856c184c09f87aac39cda8f80cc6d1cf",
+        "README.md": "9955bb7bb8c1c169f70d16f548d91f21",
         "config.json": "03a3ae50ab3623d92cdd20d9cf85bd18",
-        "kvpatch.json": "b7fe3d3764312e1cc6abbacb49dcfa2d",
+        "kvpatch.json": "1b7d6f14b8cbf0b0b0a8b688f147598a",
         "model-00001-of-00002.safetensors": "bf74cf5e72b73ffa64ac05d06d8da70a",
         "model-00002-of-00002.safetensors": "bebcdef0d4fa7bda237ec86c5f39d3fa",
         "model.safetensors.index.json": "345e1617ad6418afa0933646ee6def8c",
@@ -74,7 +79,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, source: Path, out: Path) -> dict[str, bytes]:
-    name, *flags = COMMANDS[command]
+    name, *flags = REPEATED[command]
     result = cli([name, str(source), str(out), *flags])
     assert result.code == 0, result.err
     files = contents(out)
@@ -95,7 +100,7 @@ def test_bytes_are_those_of_the_record(command: str, source: Path, tmp_path: Pat
     assert found == GOLDEN[command], f"now:\n{json.dumps(found, indent=4)}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", REPEATED)
 def test_two_runs_write_the_same_bytes(command: str, source: Path, tmp_path: Path) -> None:
     first = run(command, source, tmp_path / "first")
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convert.families.family import Family, Projection
-from convert.layer import AttentionLayer, Geometry
+from convert.layer import AttentionLayer, Geometry, Rope
 
 __all__ = ["pack", "tensor_names", "unpack"]
 
@@ -39,7 +39,12 @@ def tensor_names(
 
 
 def unpack(
-    tensors: Mapping[str, Tensor], family: Family, geometry: Geometry, layer: int
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    geometry: Geometry,
+    layer: int,
+    *,
+    rope: Rope | None = None,
 ) -> AttentionLayer:
     """Canonical form of one layer from whichever of its disk tensors are given (views, no copy).
 
@@ -48,6 +53,7 @@ def unpack(
         family: The row of the table.
         geometry: Sizes of the layer as it lies on disk.
         layer: Decoder layer.
+        rope: Its rotary positions, for methods that need them.
     """
     prefix = family.layer_prefix.format(layer=layer)
     fields: dict[str, Any] = {}
@@ -68,7 +74,7 @@ def unpack(
                 whole = torch.stack(found) if len(names) > 1 else found[0]
                 shared = family.qk_norm.layout == "shared"
                 fields[field] = whole if shared else whole.reshape(heads, dim)
-    return AttentionLayer(geometry=geometry, **fields)
+    return AttentionLayer(geometry=geometry, rope=rope, **fields)
 
 
 def pack(attention: AttentionLayer, family: Family, layer: int) -> dict[str, Tensor]:

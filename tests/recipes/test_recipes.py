@@ -190,7 +190,7 @@ def readme_keys() -> dict[str, str]:
 
 @pytest.mark.parametrize("model", [GqaRecipe, MqaRecipe], ids=["gqa", "mqa"])
 def test_readme_explains_every_key(model: type[Recipe]) -> None:
-    only_gqa = set() if model is GqaRecipe else {"kv_heads"}
+    only_gqa = set() if model is GqaRecipe else {"group", "kv_heads"}
     assert readme_keys().keys() - only_gqa == model.model_fields.keys()
 
 
