@@ -47,7 +47,7 @@ BAD_LINES = (
     ("overwite: true", ("unknown key 'overwite'", "did you mean 'overwrite'?")),
     ("zzz: 1", ("unknown key 'zzz'", "known: source, output")),
     ("7: 1", ("unknown key '7'",)),
-    ("merge: median", ("merge: must be 'mean' or 'first'", "found 'median'")),
+    ("merge: median", ("merge: must be 'mean', 'first' or 'svd'", "found 'median'")),
     ("merge: 1", ("merge", "found 1")),
     ("dtype: int8", ("dtype: must be", "'bfloat16'", "found 'int8'")),
     ("resume: 'no'", ("resume", "boolean", "found 'no'")),
