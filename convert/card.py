@@ -86,6 +86,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         method=_METHODS[recipe["merge"]],
         energy="as queries and outputs read it" if recipe["merge"] == "svd" else "of the weights",
         lost={part: _mean_percent(layers, f"lost_energy_{part}") for part in ("k", "v")},
+        dtype=recipe.get("dtype"),
         evaluations=manifest["evaluations"],
         architecture=manifest["architecture"],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import typer
 
 from convert.console import Console
 from kvpatch import __version__
-from kvpatch.errors import KvpatchError, UsageError, VerificationError
+from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from convert.recipe import Recipe
@@ -71,12 +72,17 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except KvpatchError as error:
             raise typer.Exit(_report(error.message, error.hint, error.exit_code, debug)) from None
         except KeyboardInterrupt as interrupt:
-            terminated = type(interrupt).__name__ == "Terminated"
+            terminated = isinstance(interrupt, Terminated)
             what = "terminated" if terminated else "interrupted"
-            hint = "Finished shards are kept; run the same command again to continue."
+            hint = None
+            if function.__name__ in {"gqa", "mqa", "run"}:
+                hint = "Finished shards are kept; run the same command again to continue."
             raise typer.Exit(_report(what, hint, 143 if terminated else 130, debug)) from None
         except BrokenPipeError:  # the reader of stdout went away, as `| head` does
             raise typer.Exit(0) from None
+        except OSError as error:
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+            raise typer.Exit(_report(message, None, UsageError.exit_code, debug)) from None
         except Exception as error:
             message = f"this is a bug in kvpatch: {type(error).__name__}: {error}"
             raise typer.Exit(
@@ -100,7 +106,7 @@ def _report(message: str, hint: str | None, code: int, debug: bool) -> int:
 @_command
 def inspect(
     source: Annotated[
-        str | None, typer.Argument(metavar="[SRC]", help="Folder, or org/name[@revision].")
+        str | None, typer.Argument(metavar="SRC", help="Folder, or org/name[@revision].")
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in the cache.")] = 1,
@@ -112,7 +118,9 @@ def inspect(
     ] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Without SRC: head width.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Without SRC: KV heads.")] = None,
-    value_bytes: Annotated[int, typer.Option(min=1, help="Without SRC: bytes a number.")] = 2,
+    value_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Without SRC: bytes of a number; default 2.")
+    ] = None,
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -120,6 +128,7 @@ def inspect(
 ) -> None:
     """Show a model's attention and its KV cache now and under every conversion.
 
+    \b
     Examples:
         kvpatch inspect ./llama-2-7b --context 32768 --batch 8
         kvpatch inspect --layers 61 --heads 128 --head-dim 128 --context 100000
@@ -128,20 +137,24 @@ def inspect(
 
     console = Console(json=json, quiet=quiet)
     if source is not None:
-        if layers or heads or head_dim or kv_heads:
-            raise UsageError("give either SRC or --layers, --heads and --head-dim")
+        if layers or heads or head_dim or kv_heads or value_bytes:
+            raise UsageError("give either SRC, or --layers, --heads and the like")
         facts, warnings = inspection.inspect_source(source, revision=revision)
         description, rows = inspection.describe(facts), inspection.facts_rows(facts)
         for warning in warnings:
             console.warn(warning)
     elif layers and heads and head_dim:
+        if revision is not None:
+            raise UsageError("--revision goes with SRC")
+        if kv_heads and heads % kv_heads:
+            raise UsageError(f"--kv-heads {kv_heads} does not divide --heads {heads}")
         description = {}
         rows = inspection.inspect_dims(
             layers=layers,
             heads=heads,
             head_dim=head_dim,
             kv_heads=kv_heads,
-            bytes_per_value=value_bytes,
+            bytes_per_value=value_bytes or 2,
         )
     else:
         raise UsageError("give SRC, or --layers, --heads and --head-dim")
@@ -174,6 +187,7 @@ def gqa(
 ) -> None:
     """Pool the KV heads of every layer into fewer (grouped-query attention).
 
+    \b
     Example:
         kvpatch gqa meta-llama/Llama-2-7b-hf ./llama-2-7b-gqa8 --kv-heads 8
     """
@@ -201,6 +215,7 @@ def mqa(
 ) -> None:
     """Pool the KV heads of every layer into one (multi-query attention).
 
+    \b
     Example:
         kvpatch mqa ./llama-2-7b ./llama-2-7b-mqa
     """
@@ -221,6 +236,7 @@ def run(
 ) -> None:
     """Run the conversion that a recipe describes.
 
+    \b
     Example:
         kvpatch run recipes/llama-2-7b-gqa8.yaml --set source=./llama-2-7b
     """
@@ -247,7 +263,12 @@ def _convert(recipe: Recipe, dry_run: bool, console: Console) -> None:
         return
     with console.progress("converting", unit="bytes") as progress:
         out = pipeline.convert(recipe, progress=progress, warn=console.warn)
-    console.note(f"converted to {out}; check it with: kvpatch verify {out}")
+    if console.verbose:
+        from convert.checkpoint.manifest import read_manifest  # noqa: PLC0415
+
+        for result in read_manifest(out)["layers"]:
+            console.note(", ".join(f"{key} {value}" for key, value in result.items()))
+    console.note(f"converted to {out}; check it with: kvpatch verify {shlex.quote(str(out))}")
     console.result({"output": str(out)}, lambda: console.line(str(out)))
 
 
@@ -255,7 +276,7 @@ def _show_plan(recipe: Recipe, console: Console) -> None:
     from convert import pipeline, views  # noqa: PLC0415
 
     with pipeline.prepare(recipe) as prepared:
-        for warning in prepared.warnings:
+        for warning in prepared.warnings + pipeline.obstacles(prepared):
             console.warn(warning)
         data = views.plan_data(prepared)
         console.result(data, lambda: views.print_plan(data, console))
@@ -263,9 +284,9 @@ def _show_plan(recipe: Recipe, console: Console) -> None:
 
 @_command
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A converted checkpoint.")],
     source: Annotated[
-        Path | None, typer.Argument(metavar="[SRC]", help="What it was made from.")
+        str | None, typer.Argument(metavar="SRC", help="What it was made from.")
     ] = None,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Do not load and run the model.")
@@ -276,13 +297,20 @@ def verify(
 ) -> None:
     """Check hashes, shapes, numbers, loading, and decoding with a cache.
 
+    \b
     Example:
         kvpatch verify ./llama-2-7b-gqa8 ./llama-2-7b
     """
+    from convert.hub import fetch_source  # noqa: PLC0415
     from convert.verify import verify_checkpoint  # noqa: PLC0415
 
     console = Console(json=json, quiet=quiet)
-    checks = verify_checkpoint(output, source, run=not files_only, progress=console.note)
+    checks = verify_checkpoint(
+        fetch_source(output).path,
+        fetch_source(source).path if source is not None else None,
+        run=not files_only,
+        progress=console.note,
+    )
     rows = [(check.name, check.status, check.detail) for check in checks]
     failed = [check.name for check in checks if check.status == "failed"]
     data = {"ok": not failed, "checks": [asdict(check) for check in checks]}
@@ -293,9 +321,9 @@ def verify(
 
 @_command
 def eval(  # noqa: A001 - the command's name
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, or org/name[@revision].")],
     text: Annotated[Path, typer.Option(help="Text file to measure on.")],
-    against: Annotated[Path | None, typer.Option(help="The source, to compare with.")] = None,
+    against: Annotated[str | None, typer.Option(help="The source, to compare with.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window; default 512.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; default: no overlap.")
@@ -313,17 +341,22 @@ def eval(  # noqa: A001 - the command's name
 ) -> None:
     """Measure perplexity on a text, and how far the model is from its source.
 
+    \b
     Example:
         kvpatch eval ./llama-2-7b-gqa8 --text valid.txt --against ./llama-2-7b
     """
     from convert import evaluate, results, views  # noqa: PLC0415
+    from convert.hub import fetch_source  # noqa: PLC0415
 
     console = Console(json=json, quiet=quiet)
+    folder = fetch_source(model).path
+    if save:
+        results.check_saveable(folder)  # before the work, not after it
     with console.progress("evaluating", unit="windows") as progress:
         evaluation = evaluate.evaluate_checkpoint(
-            model,
+            folder,
             text,
-            against=against,
+            against=fetch_source(against).path if against is not None else None,
             context=context,
             stride=stride,
             samples=samples,
@@ -333,9 +366,9 @@ def eval(  # noqa: A001 - the command's name
             progress=progress,
         )
     data = asdict(evaluation)
-    if save:
-        results.save_evaluation(model, data)
     console.result(data, lambda: views.print_evaluation(data, console))
+    if save:
+        results.save_evaluation(folder, data)
 
 
 @_command

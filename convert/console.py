@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 __all__ = ["Console", "visible"]
@@ -57,12 +59,7 @@ class Console:
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(
-            title=Text(visible(title)) if title else None,
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
+        table = Table(box=None, pad_edge=False)
         for index, column in enumerate(columns):
             right = index >= numeric
             table.add_column(
@@ -70,8 +67,14 @@ class Console:
             )
         for row in rows:
             table.add_row(*(Text(visible(cell)) for cell in row))
-        width = None if sys.stdout.isatty() else 140
-        RichConsole(file=sys.stdout, width=width, highlight=False).print(table)
+        # rendered to text first: rich would turn a closed pipe into an exit of its own
+        drawn = StringIO()
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
+        RichConsole(file=drawn, width=width, highlight=False).print(table)
+        if title:
+            self.line(visible(title))
+        for row in drawn.getvalue().splitlines():
+            self.line(row.rstrip())
 
     @contextmanager
     def progress(self, title: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:

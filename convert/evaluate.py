@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from convert.loading import load_model, load_tokenizer, quiet_transformers
-from kvpatch.errors import InputModelError, UsageError
+from kvpatch.errors import InputModelError, UsageError, VerificationError
 
 __all__ = ["Against", "Evaluation", "evaluate_checkpoint", "windows_of"]
 
@@ -103,7 +103,10 @@ def evaluate_checkpoint(
     Raises:
         UsageError: If context or stride make no sense for the model.
         InputModelError: If the text is too short, or source and model have other tokens.
+        VerificationError: If a model does not load, or gives logits that are not finite.
     """
+    content = _read_text(text)
+    _check_device(device)
     if dtype is None and device == "cpu":
         dtype = torch.float32
     with quiet_transformers():
@@ -120,7 +123,6 @@ def evaluate_checkpoint(
                 f"--context {context} --stride {stride} does not work here",
                 hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
             )
-        content = _read_text(text)
         ids = tokenizer(content, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         prefix = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)[:1]
         inputs = windows_of(ids, prefix, context=context, stride=stride)[:samples]
@@ -132,10 +134,12 @@ def evaluate_checkpoint(
             if progress is not None:
                 progress(min(count * batch, len(inputs)), len(inputs))
     nll = sums.nll / sums.tokens
+    if not math.isfinite(nll):
+        raise VerificationError(f"{folder} gives logits that are NaN or infinite on {text}")
     comparison = None
     if source is not None:
         comparison = Against(
-            perplexity=math.exp(sums.source_nll / sums.tokens),
+            perplexity=_exp(sums.source_nll / sums.tokens),
             kl=sums.kl / sums.tokens,
             top1=sums.agree / sums.tokens,
         )
@@ -148,9 +152,13 @@ def evaluate_checkpoint(
         tokens=sums.tokens,
         dtype=str(model.dtype).removeprefix("torch."),
         nll=nll,
-        perplexity=math.exp(nll),
+        perplexity=_exp(nll),
         against=comparison,
     )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def windows_of(ids: Tensor, prefix: Tensor, *, context: int, stride: int) -> Tensor:
@@ -200,6 +208,15 @@ def _score(sums: _Sums, tokens: Tensor, scored: Tensor, model: Any, source: Any)
 def _log_probabilities(model: Any, tokens: Tensor, scored: Tensor) -> Tensor:
     logits: Tensor = model(tokens, use_cache=False).logits[:, :-1]
     return logits[scored.to(logits.device)].float().log_softmax(-1)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: no such kind of device") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: there is no CUDA device here")
 
 
 def _read_text(path: Path) -> str:

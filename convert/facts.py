@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from convert.families import Family, family_of
 from convert.families.positions import check_positions, layer_ropes, layer_windows
@@ -12,7 +15,7 @@ from convert.layer import Geometry, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
 
-__all__ = ["ModelFacts", "check_shapes", "read_facts"]
+__all__ = ["ModelFacts", "check_shapes", "read_facts", "with_stored_dtype"]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LARGEST = 10**7  # of any count or width; larger ones would only cost time and memory
@@ -131,6 +134,20 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         clip=config.get("clip_qkv"),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def with_stored_dtype(facts: ModelFacts, dtypes: Iterable[torch.dtype]) -> ModelFacts:
+    """The facts with the dtype of the weights, where config.json does not state one.
+
+    Args:
+        facts: From config.json.
+        dtypes: Dtypes of the tensors, in file order.
+    """
+    stated = facts.config.get("dtype") or facts.config.get("torch_dtype")
+    floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+    if stated or floating is None:
+        return facts
+    return dataclasses.replace(facts, dtype=str(floating).removeprefix("torch."))
 
 
 def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.checkpoint.paths import hub_snapshot
-from convert.checkpoint.sidecars import DOWNLOADED
+from convert.checkpoint.sidecars import DOWNLOADED, NOT_DOWNLOADED
 from kvpatch.errors import InputModelError, NetworkError, UsageError
 
-__all__ = ["Source", "fetch_config", "fetch_source"]
+__all__ = ["Source", "fetch_config", "fetch_source", "user_path"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CLIENTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
@@ -65,7 +65,14 @@ def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool =
         if files and not any(file.endswith(".safetensors") for file in files) and allow_pickle:
             patterns += _PICKLED
         with _bars_on_terminals_only():
-            path = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+            path = Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=list(NOT_DOWNLOADED),
+                )
+            )
     return Source(path, repository, repository, path.name)
 
 
@@ -101,8 +108,22 @@ def _bars_on_terminals_only() -> Iterator[None]:
         enable_progress_bars()
 
 
+def user_path(text: str) -> Path:
+    """A path as a user wrote it, with ``~`` resolved.
+
+    Raises:
+        UsageError: If no file can have that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{text!r} cannot be used as a path: {error}") from error
+    return path
+
+
 def _parse(text: str, revision: str | None) -> tuple[Source | None, str, str | None]:
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         if revision is not None:
             raise UsageError(f"--revision {revision} is for the Hub, but {text} is a local folder")

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint, read_json
-from convert.facts import ModelFacts, check_shapes, read_facts
+from convert.facts import ModelFacts, check_shapes, read_facts, with_stored_dtype
 from convert.hub import fetch_config
 from kvpatch.memory import KVCache, latent_cache, multi_head_cache
 
@@ -49,7 +49,8 @@ def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFa
         config = read_json(guarded_path(found.path, "config.json"))
         return read_facts(config), ["no weights here: shapes were not checked"]
     with Checkpoint(found.path, allow_pickle=True) as checkpoint:
-        facts = read_facts(checkpoint.config)
+        dtypes = (info.dtype for info in checkpoint.tensors.values())
+        facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
         check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
         return facts, checkpoint.warnings
 
@@ -122,7 +123,11 @@ def cache_rows(
         CacheRow(
             f"MLA, rank {rank} + {rope_dim} rotary",
             latent_cache(
-                layers=layers, rank=rank, rope_dim=rope_dim, bytes_per_value=bytes_per_value
+                layers=layers,
+                rank=rank,
+                rope_dim=rope_dim,
+                windows=windows,
+                bytes_per_value=bytes_per_value,
             ),
         )
     )

@@ -19,8 +19,8 @@ from convert.checkpoint.sidecars import side_files
 from convert.checkpoint.staging import MANIFEST, Staging, check_output
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.execute import execute
-from convert.facts import ModelFacts, read_facts
-from convert.hub import Source, fetch_source
+from convert.facts import ModelFacts, read_facts, with_stored_dtype
+from convert.hub import Source, fetch_source, user_path
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
@@ -28,18 +28,14 @@ from convert.plan import Plan, make_plan
 from convert.recipe import Recipe, parse_size
 from convert.resources import check_disk, check_ram
 from convert.targets.native import edit_config, index_json
-from kvpatch.errors import UsageError, VerificationError
+from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
 
-__all__ = ["Prepared", "Terminated", "convert", "prepare"]
+__all__ = ["Prepared", "convert", "obstacles", "prepare"]
 
 # keys that say where and how to run, not what the result is
 _RUN_KEYS = frozenset({"source", "output", "revision", "max_ram", "overwrite", "resume"})
 _INDEX = "model.safetensors.index.json"
 _CONFIG, _CARD = "config.json", "README.md"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived; unwinds like Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +60,8 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
     """
     source = fetch_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
     with Checkpoint(source.path, allow_pickle=recipe.allow_pickle) as checkpoint:
-        facts = read_facts(checkpoint.config)
+        dtypes = (info.dtype for info in checkpoint.tensors.values())
+        facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
         _check_target(recipe, facts)
         warnings = list(checkpoint.warnings)
         if recipe.kv_heads == 1:
@@ -120,7 +117,7 @@ def convert(
     """
     if recipe.output is None:
         raise UsageError("no output folder is given")
-    out = Path(recipe.output).expanduser()
+    out = user_path(recipe.output)
     with prepare(recipe) as prepared, _sigterm_unwinds():
         check_output(out, prepared.source.path, overwrite=recipe.overwrite)
         plan = prepared.plan
@@ -148,6 +145,22 @@ def convert(
             _check_staged(plan, staging.path)
             staging.publish()
     return out
+
+
+def obstacles(prepared: Prepared) -> list[str]:
+    """What would stop the run that was planned: its output path, or too little memory."""
+    recipe, found = prepared.recipe, []
+    limit = parse_size(recipe.max_ram) if recipe.max_ram else None
+    checks: list[Callable[[], None]] = [lambda: check_ram(prepared.plan.peak_ram, limit)]
+    if recipe.output is not None:
+        out = user_path(recipe.output)
+        checks.append(lambda: check_output(out, prepared.source.path, overwrite=recipe.overwrite))
+    for check in checks:
+        try:
+            check()
+        except KvpatchError as error:
+            found.append(f"the run would stop: {error.message}")
+    return found
 
 
 def _check_target(recipe: Recipe, facts: ModelFacts) -> None:

@@ -272,8 +272,16 @@ def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method
     buffers = 6 * CHUNK_BYTES
     if step.layer is None:
         return buffers
-    inputs = [tensors[name].nbytes for name in step.inputs]
-    return sum(inputs) + 2 * step.nbytes + method.working_bytes(max(inputs)) + buffers
+    target = step.outputs[0].dtype  # a cast widens what is read before it is converted
+    held, results, raw = [], 0, 0
+    for info in (tensors[name] for name in step.inputs):
+        wide = torch.promote_types(info.dtype, target)
+        held.append(prod(info.shape) * wide.itemsize)
+        if wide != info.dtype:
+            raw = max(raw, info.nbytes)
+        results = max(results, wide.itemsize)
+    written = sum(prod(spec.shape) for spec in step.outputs) * results
+    return sum(held) + raw + 2 * written + method.working_bytes(max(held)) + buffers
 
 
 def _fate(info: TensorInfo, written: TensorSpec | None, step: Step) -> Fate:

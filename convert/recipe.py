@@ -152,7 +152,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise UsageError(f"--set {override}: expected key=value")
-        values[key], lines[key] = _read_scalar(value, f"--set {override}"), 0
+        text = key in {"source", "output", "revision"}  # paths and names are no YAML
+        values[key] = value if text else _read_scalar(value, f"--set {override}")
+        lines[key] = 0
     return make_recipe(values, where=path.name, lines=lines)
 
 
@@ -196,7 +198,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
                 raise yaml.MarkedYAMLError(
                     problem="a key must be a word", problem_mark=key.start_mark
                 )

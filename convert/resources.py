@@ -29,8 +29,18 @@ def available_ram() -> int:
         if limit_file.is_file() and usage_file.is_file():
             limit = limit_file.read_text().strip()
             if limit.isdigit():
-                free = min(free, int(limit) - int(usage_file.read_text()))
+                used = int(usage_file.read_text()) - _reclaimable(usage_file.parent)
+                free = min(free, int(limit) - used)
     return max(0, free)
+
+
+def _reclaimable(cgroup: Path) -> int:
+    """Bytes of file cache that a container counts as used, but gives up when asked."""
+    statistics = cgroup / "memory.stat"
+    if not statistics.is_file():
+        return 0
+    rows = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
 def check_ram(needed: int, limit: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from convert.card import render_card
 from convert.checkpoint.manifest import read_manifest, rewrite_manifest
 from convert.checkpoint.writer import write_file
-from kvpatch.errors import UsageError
+from kvpatch.errors import OutputError, UsageError
 
-__all__ = ["save_evaluation", "torch_dtype"]
+__all__ = ["check_saveable", "save_evaluation", "torch_dtype"]
 
 _CARD = "README.md"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -33,6 +34,29 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
+def check_saveable(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose card can be written anew.
+
+    Raises:
+        InputModelError: If the folder was not made by kvpatch.
+        OutputError: If its card was edited; a new one would lose that.
+    """
+    manifest = read_manifest(folder)
+    card = folder / _CARD
+    recorded = manifest["files"].get(_CARD, {}).get("sha256")
+    if not card.is_file() or sha256(card.read_bytes()).hexdigest() != recorded:
+        raise OutputError(
+            f"{card} is not the card that kvpatch wrote; --save would replace it",
+            hint="Move your changes elsewhere and restore the card, or measure without --save.",
+        )
+    return manifest
+
+
+def _identity(evaluation: Mapping[str, Any]) -> tuple[object, ...]:
+    keys = ("text_sha256", "context", "stride", "windows", "dtype")
+    return (*(evaluation[key] for key in keys), evaluation["against"] is None)
+
+
 def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Add a measurement to ``kvpatch.json`` and to the model card made from it.
 
@@ -41,12 +65,10 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
 
     Raises:
         InputModelError: If the folder was not made by kvpatch.
+        OutputError: If its card was edited.
     """
-    manifest = read_manifest(folder)
-    key = ("text_sha256", "context", "stride", "windows", "dtype")
-    kept = [
-        old for old in manifest["evaluations"] if any(old[name] != evaluation[name] for name in key)
-    ]
+    manifest = check_saveable(folder)
+    kept = [old for old in manifest["evaluations"] if _identity(old) != _identity(evaluation)]
     manifest["evaluations"] = [*kept, dict(evaluation)]
     card = write_file(folder / _CARD, render_card(manifest))
     rewrite_manifest(folder, manifest, {_CARD: card})

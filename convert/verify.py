@@ -150,6 +150,8 @@ def _source(folder: Path, source: Path) -> str:
 
 
 def _tokens(folder: Path, source: Path) -> str:
+    if not any(any(path.glob("tokenizer*")) for path in (folder, source)):
+        raise _SkippedError("neither has a tokenizer")
     before, after = (load_tokenizer(path)(PROBE)["input_ids"] for path in (source, folder))
     if before != after:
         raise VerificationError(f"the probe text gives other token ids: {before} and {after}")
@@ -165,6 +167,8 @@ def _untouched(folder: Path, source: Path) -> str:
             for layer in range(facts.layers)
             for name in tensor_names(facts.family, facts.geometry, layer, parts)
         }
+        if read_manifest(folder)["recipe"].get("dtype"):
+            raise _SkippedError("all weights were cast")
         same = [
             name
             for name, info in new.tensors.items()

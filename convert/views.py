@@ -99,7 +99,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
-    """The plan in three tables; tensors that differ only in their layer share a line."""
+    """The plan in tables; unless verbose, tensors that differ only in their layer share a line."""
     heads, token, full = data["kv_heads"], data["kv_bytes_per_token"], data["kv_bytes_at_context"]
     console.table(
         f"{data['source']} -> {data['output'] or 'no output'}: {data['method']}, "
@@ -117,19 +117,25 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
         ],
     )
     console.line("")
-    console.table("", ["tensors", "action", "count", "before", "after"], _grouped(data), numeric=2)
+    console.table(
+        "",
+        ["tensors", "action", "count", "before", "after"],
+        _tensor_rows(data, console.verbose),
+        numeric=2,
+    )
     console.line("")
     files = data["files"]
-    console.line(f"{len(files)} weight files, {format_bytes(sum(files.values()))}")
+    count = f"{len(files)} weight files" if len(files) > 1 else "1 weight file"
+    console.line(f"{count}, {format_bytes(sum(files.values()))}")
     console.line(f"side files copied: {', '.join(data['side_files']) or 'none'}")
     console.line(f"peak memory: {format_bytes(data['peak_ram'])}")
 
 
-def _grouped(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], int] = {}
     for tensor in data["tensors"]:
         after = "" if tensor["after"] is None else _shape(tensor["after"])
-        pattern = _NUMBER.sub("*", tensor["name"])
+        pattern = tensor["name"] if each else _NUMBER.sub("*", tensor["name"])
         key = (pattern, tensor["action"], _shape(tensor["before"]), after)
         groups[key] = groups.get(key, 0) + 1
     return [(key[0], key[1], str(count), *key[2:]) for key, count in groups.items()]

@@ -12,6 +12,7 @@ __all__ = [
     "NetworkError",
     "OutputError",
     "ResourceError",
+    "Terminated",
     "UntrustedSourceError",
     "UsageError",
     "VerificationError",
@@ -72,3 +73,7 @@ class OutputError(KvpatchError):
     """The output exists, is locked or cannot be written."""
 
     exit_code = 7
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; unwinds like Ctrl-C."""

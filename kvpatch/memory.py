@@ -66,20 +66,37 @@ def multi_head_cache(
         head_dim: Width of a key head.
         value_dim: Width of a value head; ``head_dim`` if not given.
         share: Layers per KV set; the first of each group produces it.
-        windows: Sliding window of each layer, None where a layer sees everything.
+        windows: Sliding window of each layer, None where a layer sees everything. A shared set is
+            kept for as long as its widest reader looks back.
         bytes_per_value: Width of a stored number.
     """
     own = kv_heads * (head_dim + (head_dim if value_dim is None else value_dim))
     spans = windows if windows is not None else [None] * layers
     return KVCache(
-        tuple(LayerCache(own if i % share == 0 else 0, spans[i]) for i in range(layers)),
+        tuple(
+            LayerCache(own if i % share == 0 else 0, _widest(spans[i : i + share]))
+            for i in range(layers)
+        ),
         bytes_per_value,
     )
 
 
-def latent_cache(*, layers: int, rank: int, rope_dim: int, bytes_per_value: int = 2) -> KVCache:
+def latent_cache(
+    *,
+    layers: int,
+    rank: int,
+    rope_dim: int,
+    windows: Sequence[int | None] | None = None,
+    bytes_per_value: int = 2,
+) -> KVCache:
     """Cache of MLA: one latent of ``rank`` and one rotary key of ``rope_dim`` per token."""
-    return KVCache((LayerCache(rank + rope_dim),) * layers, bytes_per_value)
+    spans = windows if windows is not None else [None] * layers
+    return KVCache(tuple(LayerCache(rank + rope_dim, span) for span in spans), bytes_per_value)
+
+
+def _widest(windows: Sequence[int | None]) -> int | None:
+    limited = [window for window in windows if window is not None]
+    return max(limited) if len(limited) == len(windows) else None
 
 
 def format_bytes(size: float) -> str:

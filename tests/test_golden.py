@@ -30,30 +30,30 @@ REPEATED = {
 }
 GOLDEN = {
     "gqa_mean": {
-        "README.md": "67c2cc39e02382824bd1eb12798d2581",
+        "README.md": "d1cb9d1bb74ee572ea481ce050a88a7a",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "78b91557268d12251874c30c165eaf63",
+        "kvpatch.json": "874c6b64352d664bab5d039e33902416",
         "model.safetensors": "7944ff970442737cfd9c26f56d64ee88",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_first": {
-        "README.md": "19766bc8fb390b4da8faa961a9830554",
+        "README.md": "95dabcf2fa542d560387cde2d76f13f1",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "67a768d65e9d001c46411c74ae1f9631",
+        "kvpatch.json": "7d468899ccad9c6ed440b3062b99be2a",
         "model.safetensors": "485d108cb07b34ee5042533ca8f397d4",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "mqa": {
-        "README.md": "e943cebf6542aaf51f473b72971cd177",
+        "README.md": "ac4173668f3a437fcfae05ba29aff36c",
         "config.json": "b8d2065a563f42bb91870abc60b49a8e",
-        "kvpatch.json": "11fc7387af17797052943c475fc18c2c",
+        "kvpatch.json": "ccfac662024ef1c19054ddfb7540db4b",
         "model.safetensors": "9e4ba72190185c2116d54d8125c40d63",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_shards": {
-        "README.md": "9955bb7bb8c1c169f70d16f548d91f21",
+        "README.md": "b295436bb994854287ee90d83d0b8fd2",
         "config.json": "03a3ae50ab3623d92cdd20d9cf85bd18",
-        "kvpatch.json": "1b7d6f14b8cbf0b0b0a8b688f147598a",
+        "kvpatch.json": "6503f6bdc6c40d615bc437679e58a2be",
         "model-00001-of-00002.safetensors": "bf74cf5e72b73ffa64ac05d06d8da70a",
         "model-00002-of-00002.safetensors": "bebcdef0d4fa7bda237ec86c5f39d3fa",
         "model.safetensors.index.json": "345e1617ad6418afa0933646ee6def8c",

@@ -64,7 +64,7 @@ class TensorInfo:
         dtype: Its dtype.
         shape: Its shape.
         file: File name inside the checkpoint.
-        start: Offset of its first byte in the file; 0 for tensors of a pickle.
+        start: Offset of its first byte in the file.
     """
 
     name: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.checkpoint.paths import guarded_path
 
-__all__ = ["DOWNLOADED", "SIDE_FILES", "side_files"]
+__all__ = ["DOWNLOADED", "NOT_DOWNLOADED", "SIDE_FILES", "side_files"]
 
 SIDE_FILES = (
     "generation_config.json",
@@ -25,21 +25,36 @@ SIDE_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     "custom_generate/*",
-    "*LICENSE*",
+    "tekken.json",
+    "vocab.bpe",
+    "encoder.json",
+    "*license*",
+    "*licence*",
+    "notice*",
+    "use_policy*",
+)
+
+# what a conversion needs of a repository on the Hub
+# other forms of the same weights that repositories hold beside them
+NOT_DOWNLOADED = ("*/*.safetensors", "*/*.model", "*/tokenizer*", "consolidated*")
+DOWNLOADED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "README.md",
+    *SIDE_FILES,
+    "*LICENSE*",  # the Hub's patterns tell cases apart
     "*LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
 )
 
-# what a conversion needs of a repository on the Hub
-DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *SIDE_FILES)
-
 
 def side_files(root: Path) -> list[str]:
     """Relative names of the files to copy byte for byte, sorted.
 
-    Weights, indexes, training state and the source's model card are not among them, nor code of
-    the source: the result loads in a stock class.
+    Weights, indexes, training state and the source's model card are not among them, nor modeling
+    code of the source: the result loads in a stock class.
     """
     names = []
     for path in sorted(root.rglob("*")):
@@ -51,4 +66,4 @@ def side_files(root: Path) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+    return name.count("/") == pattern.count("/") and fnmatch(name.lower(), pattern)

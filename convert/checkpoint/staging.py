@@ -40,7 +40,9 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         OutputError: If it exists (without ``overwrite``), is a file, is no earlier result of
             ours, or its folder cannot be written.
     """
-    target, origin = out.absolute().resolve(), source.resolve()
+    target, origin, here = out.absolute().resolve(), source.resolve(), Path.cwd()
+    if target == here or target in here.parents:
+        raise UsageError(f"the output {out} is the current folder, or holds it")
     if target == origin or origin in target.parents or target in origin.parents:
         raise UsageError(
             f"the output {out} and the source {source} lie in each other",
@@ -91,7 +93,9 @@ class Staging:
         self._aside = self.out.with_name(f".{self.out.name}.replaced")
         self._resume = resume
         self._overwrite = overwrite
-        self._lock = filelock.FileLock(self.out.with_name(f"{self.out.name}.lock"), timeout=0)
+        self._lock = filelock.FileLock(
+            self.out.with_name(f".{self.out.name}.kvpatch-lock"), timeout=0
+        )
         self.finished: dict[str, tuple[FileRecord, list[dict[str, Any]]]] = {}
 
     def __enter__(self) -> Self:

@@ -306,14 +306,14 @@ def test_lock_dies_with_its_holder(
 ) -> None:
     stopped.process.kill()
     stopped.process.join()
-    assert (tmp_path / "out.lock").exists()
+    assert (tmp_path / ".out.kvpatch-lock").exists()
     assert cli(gqa(source, tmp_path / "out")).code == 0
     assert contents(tmp_path / "out") == expected
     assert names(tmp_path) == ["out"]
 
 
 def test_stale_lock_file_is_no_obstacle(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.lock").write_text("pid 1 on elsewhere since the beginning\n")
+    (tmp_path / ".out.kvpatch-lock").write_text("pid 1 on elsewhere since the beginning\n")
     assert cli(gqa(source, tmp_path / "out")).code == 0
     assert names(tmp_path) == ["out"]
 

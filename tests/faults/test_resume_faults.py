@@ -258,8 +258,8 @@ def test_journal_of_another_version_is_refused_by_name(
     assert str(ours) in run.err
     assert "--no-resume" in run.err
     found = contents(interrupted.parent)
-    assert {k: v for k, v in found.items() if k != "out.lock"} == {
-        k: v for k, v in before.items() if k != "out.lock"
+    assert {k: v for k, v in found.items() if k != ".out.kvpatch-lock"} == {
+        k: v for k, v in before.items() if k != ".out.kvpatch-lock"
     }
     assert cli(gqa(source, interrupted, "--no-resume")).code == 0
     assert contents(interrupted) == expected

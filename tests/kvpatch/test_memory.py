@@ -36,6 +36,18 @@ def test_shared_layers_store_nothing(share: int, producers: int) -> None:
     assert cache.layers[0].values > 0
 
 
+def test_a_shared_set_is_kept_for_its_widest_reader() -> None:
+    windows = [4, None, 4, 8, 4]
+    cache = multi_head_cache(layers=5, kv_heads=1, head_dim=1, share=2, windows=windows)
+    assert [layer.window for layer in cache.layers if layer.values] == [None, 8, 4]
+    assert cache.size(100) == 2 * 2 * (100 + 8 + 4)
+
+
+def test_latents_have_windows_too() -> None:
+    cache = latent_cache(layers=2, rank=3, rope_dim=2, windows=[4, None])
+    assert cache.size(10) == 2 * 5 * (4 + 10)
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 5, 100])
 def test_windows_stop_growing(tokens: int) -> None:
     cache = KVCache((LayerCache(10), LayerCache(10, window=4)), bytes_per_value=2)
