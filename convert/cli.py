@@ -14,6 +14,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.console import Console
+from convert.flags import (
+    AllowNonfinite,
+    AllowPickle,
+    Debug,
+    DryRun,
+    Dtype,
+    Json,
+    MaxRam,
+    Merge,
+    Output,
+    Overwrite,
+    Quiet,
+    Resume,
+    Revision,
+    ShardSize,
+    Source,
+    Verbose,
+)
 from kvpatch import __version__
 from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
 
@@ -29,36 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Source = Annotated[
-    str, typer.Argument(metavar="SRC", help="Folder, or org/name[@revision] on the Hub.")
-]
-Output = Annotated[str, typer.Argument(metavar="OUT", help="Folder to make; must not exist.")]
-Merge = Annotated[str, typer.Option(help="How KV heads become one: mean, first or svd.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype to write: float32, bfloat16 or float16; else the source's."),
-]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file.")]
-MaxRam = Annotated[str | None, typer.Option(help="Refuse to start if more memory is needed.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan from headers alone.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")
-]
-Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start over.")
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin weights, without running their code.")
-]
-AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Copy weights that hold NaN or infinity.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results and errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print more detail.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:

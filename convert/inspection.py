@@ -140,10 +140,12 @@ def cache_rows(
 def describe(facts: ModelFacts) -> Mapping[str, Any]:
     """The attention of a model in words and numbers."""
     geometry, rope = facts.geometry, facts.ropes[0]
+    kinds = sorted({rope.kind for rope in facts.ropes})
     pairs = "interleaved" if rope.interleaved else "half-split"
     thetas = sorted({rope.theta for rope in facts.ropes})
     windows = [window for window in facts.windows if window is not None]
-    norm = facts.family.qk_norm
+    switch = facts.family.qk_norm_switch
+    norm = facts.family.qk_norm if switch is None or facts.config.get(switch) else None
     legal = facts.legal_kv_heads()
     return {
         "family": facts.family.model_type,
@@ -154,7 +156,7 @@ def describe(facts: ModelFacts) -> Mapping[str, Any]:
         "kv_heads": geometry.kv_heads,
         "head_dim": geometry.head_dim,
         "rope": (
-            f"{rope.kind}, {pairs} pairs, {rope.dim} of {geometry.head_dim} dims, "
+            f"{' and '.join(kinds)}, {pairs} pairs, {rope.dim} of {geometry.head_dim} dims, "
             f"theta {', '.join(f'{theta:g}' for theta in thetas)}"
         ),
         "layers_without_rope": [i for i, rope in enumerate(facts.ropes) if not rope.dim],

@@ -152,8 +152,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise UsageError(f"--set {override}: expected key=value")
-        text = key in {"source", "output", "revision"}  # paths and names are no YAML
-        values[key] = value if text else _read_scalar(value, f"--set {override}")
+        plain = key in {"source", "output", "revision"}  # paths and names are no YAML
+        values[key] = value if plain else _read_scalar(value, f"--set {override}")
         lines[key] = 0
     return make_recipe(values, where=path.name, lines=lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from convert.cli import app
 from convert.evaluate import evaluate_checkpoint, windows_of
 from convert.pipeline import convert
 from convert.recipe import make_recipe
-from kvpatch.errors import InputModelError, UsageError
-from tests.helpers import load_folder
+from kvpatch.errors import InputModelError, UsageError, VerificationError
+from tests.helpers import load_folder, rewrite_tensors
 
 WORDS = (
     "Petra is in the kitchen with a brown hat. Oren is in the barn with a black map. "
@@ -133,3 +134,52 @@ def test_saved_measurements_reach_manifest_and_card(
     assert "Not measured yet" not in card
     verified = runner.invoke(app, ["verify", str(out), "--files-only", "-q"])
     assert verified.exit_code == 0, verified.stdout
+
+
+def _save(out: Path, text: Path, *more: str) -> int:
+    arguments = ["eval", str(out), "--text", str(text), "--context", "64", "--samples", "2"]
+    return CliRunner().invoke(app, [*arguments, "--save", "-q", *more]).exit_code
+
+
+def test_an_edited_card_is_never_replaced(
+    demo_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mqa"
+    convert(make_recipe({"method": "mqa", "source": str(demo_model), "output": str(out)}))
+    card = out / "README.md"
+    card.write_text(card.read_text() + "my notes\n")
+
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("it was measured, and would then be refused")
+
+    monkeypatch.setattr("convert.evaluate.evaluate_checkpoint", measured)
+    assert _save(out, text) == 7
+    assert card.read_text().endswith("my notes\n")
+
+
+def test_a_measurement_without_the_source_keeps_the_one_with_it(
+    demo_model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mqa"
+    convert(make_recipe({"method": "mqa", "source": str(demo_model), "output": str(out)}))
+    assert _save(out, text, "--against", str(demo_model)) == 0
+    assert _save(out, text) == 0
+    assert (out / "README.md").read_text().count("words.txt") == 2
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_devices_that_are_not_there_are_refused(
+    demo_model: Path, text: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"--device {device}"):
+        evaluate_checkpoint(demo_model, text, device=device)
+
+
+def test_logits_that_are_no_numbers_are_an_error(
+    demo_model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(demo_model, tmp_path / "nan"))
+    rewrite_tensors(folder, {"model.norm.weight": torch.full((128,), torch.nan).bfloat16()})
+    with pytest.raises(VerificationError, match="NaN or infinite"):
+        evaluate_checkpoint(folder, text, context=64, samples=1)

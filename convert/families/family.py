@@ -79,6 +79,7 @@ class Family:
         layer_prefix: Name of a decoder layer on disk.
         qk_norm: Kind of query/key norm, if the family can have one. A checkpoint that lacks the
             tensors has none.
+        qk_norm_switch: Config key that must be true for it, if the family has one.
         q_norm: Name of the query norm's weight; ``{head}`` where each head has its own tensor.
         k_norm: Same for the key norm.
         interleaved: RoPE pairs neighbouring dims.
@@ -97,6 +98,7 @@ class Family:
     projections: tuple[Projection, ...] = SEPARATE
     layer_prefix: str = "model.layers.{layer}."
     qk_norm: QkNorm | None = None
+    qk_norm_switch: str | None = None
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     interleaved: bool = False
