@@ -196,6 +196,20 @@ def test_memory_limit_of_a_container(
     assert resources.available_ram() == (machine if expected is None else expected)
 
 
+def test_file_cache_of_a_container_is_not_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tmp_path / "memory.max", tmp_path / "memory.current"
+    for file, content in zip(files, ("8000000000", "7900000000"), strict=True):
+        file.write_text(content)
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 7000000000\n")
+    monkeypatch.setattr(
+        resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12)
+    )
+    monkeypatch.setattr(resources, "_CGROUP", (files,))
+    assert resources.available_ram() == 7_100_000_000
+
+
 # The high-water mark of this very process: ru_maxrss would also count the process it was forked
 # from.
 _MEASURED = """
@@ -234,6 +248,19 @@ def test_peak_memory_keeps_to_the_plan_and_does_not_grow_with_the_model(tmp_path
         shutil.rmtree(source)
     # kept keys and values of four layers would be 67 MB; equal runs differ by up to 7 MB
     assert peaks[1] - peaks[0] < 16_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float16"], ["--dtype", "float32"], ["--merge", "svd"]],
+    ids=["narrow_cast", "wide_cast", "svd"],
+)
+def test_peak_memory_keeps_to_the_plan_of_every_way(tmp_path: Path, flags: list[str]) -> None:
+    source = write_llama(tmp_path / "source", layers=1, hidden=4096, inner=512, vocab=512)
+    arguments = ["gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", *flags]
+    plan = cli([*arguments, "--dry-run", "--json"])
+    assert _peak(arguments) < json.loads(plan.out)["peak_ram"]
 
 
 # Range of numbers
