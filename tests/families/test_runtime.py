@@ -25,6 +25,9 @@ from tests.helpers import assert_close, load_folder
 # generation is slow: of each family one, with its windows and norms where it has a choice
 _EACH = [name for name in MODELS if ":" not in name or "window" in name or "norm" in name]
 
+# windows that alternate, and that are full within these few tokens
+_UNASSISTED = {"gemma2", "gemma3_text"}
+
 
 @pytest.fixture
 def model(checkpoint: Checkpoints, converted: Conversions, name: str) -> Any:
@@ -98,7 +101,7 @@ def test_prompt_lookup_decodes_the_same_tokens(model: Any, name: str) -> None:
 @pytest.mark.parametrize("name", _EACH)
 def test_the_source_assists_its_conversion(model: Any, checkpoint: Checkpoints, name: str) -> None:
     ids, source = random_ids(model, batch=1), load(checkpoint(name))
-    if name == "gemma3_text" and Version(transformers.__version__) < Version("5.23"):
+    if name in _UNASSISTED and Version(transformers.__version__) < Version("5.23"):
         with pytest.raises(RuntimeError, match="size of tensor"):  # the unconverted model, too
             _generate(source, ids, assistant_model=source)
         return
