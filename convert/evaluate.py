@@ -118,11 +118,7 @@ def evaluate_checkpoint(
         limit = getattr(model.config, "max_position_embeddings", None) or 2048
         context = min(512, limit) if context is None else context
         stride = context if stride is None else stride
-        if not (2 <= context <= limit and 1 <= stride <= context):
-            raise UsageError(
-                f"--context {context} --stride {stride} does not work here",
-                hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
-            )
+        _check_windows(context, stride, limit)
         ids = tokenizer(content, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         prefix = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)[:1]
         inputs = windows_of(ids, prefix, context=context, stride=stride)[:samples]
@@ -208,6 +204,14 @@ def _score(sums: _Sums, tokens: Tensor, scored: Tensor, model: Any, source: Any)
 def _log_probabilities(model: Any, tokens: Tensor, scored: Tensor) -> Tensor:
     logits: Tensor = model(tokens, use_cache=False).logits[:, :-1]
     return logits[scored.to(logits.device)].float().log_softmax(-1)
+
+
+def _check_windows(context: int, stride: int, limit: int) -> None:
+    if not (2 <= context <= limit and 1 <= stride <= context):
+        raise UsageError(
+            f"--context {context} --stride {stride} does not work here",
+            hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
+        )
 
 
 def _check_device(device: str) -> None:
