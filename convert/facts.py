@@ -11,7 +11,7 @@ import torch
 
 from convert.families import Family, family_of
 from convert.families.positions import check_positions, layer_ropes, layer_windows
-from convert.layer import Geometry, Rope
+from convert.layer import Geometry, QkNorm, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
 
@@ -63,6 +63,12 @@ class ModelFacts:
             windows=self.windows,
             bytes_per_value=_DTYPE_BYTES[dtype or self.dtype],
         )
+
+    @property
+    def qk_norm(self) -> QkNorm | None:
+        """Norm of queries and keys, if this model has one."""
+        switch = self.family.qk_norm_switch
+        return self.family.qk_norm if switch is None or self.config.get(switch) else None
 
     def legal_kv_heads(self) -> list[int]:
         """KV-head counts that this model can be pooled to."""

@@ -144,8 +144,7 @@ def describe(facts: ModelFacts) -> Mapping[str, Any]:
     pairs = "interleaved" if rope.interleaved else "half-split"
     thetas = sorted({rope.theta for rope in facts.ropes})
     windows = [window for window in facts.windows if window is not None]
-    switch = facts.family.qk_norm_switch
-    norm = facts.family.qk_norm if switch is None or facts.config.get(switch) else None
+    norm = facts.qk_norm
     legal = facts.legal_kv_heads()
     return {
         "family": facts.family.model_type,

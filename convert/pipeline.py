@@ -68,6 +68,8 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
             warnings.append(
                 "MQA by pooling loses the most; expect to uptrain (arXiv:2305.13245, appendix A)"
             )
+        if recipe.merge == "svd" and facts.qk_norm is not None:
+            warnings.append("queries and keys have a norm: keys are averaged, only values merged")
         if "auto_map" in checkpoint.config:
             warnings.append("auto_map is left out of config.json: the result needs no remote code")
         metadata: dict[str, Any] = {}
@@ -169,6 +171,12 @@ def _check_target(recipe: Recipe, facts: ModelFacts) -> None:
         raise UsageError(
             f"--merge svd would change what clip_qkv {facts.clip} cuts off in this model",
             hint="Choose --merge mean or first.",
+        )
+    if recipe.group == "similar" and facts.qk_norm is not None:
+        raise UsageError(
+            "--group similar does not work here: this model's queries and keys have a norm, and "
+            "its keys can only be averaged with their neighbours",
+            hint="Choose --group adjacent.",
         )
     legal = facts.legal_kv_heads()
     if wanted in legal:

@@ -33,7 +33,6 @@ class Moments:
         key: [Hkv, D, E'] rows with the bias as last column.
         value: [Hkv, Dv, E'].
         query: [H, D, E'].
-        output: [E, H, Dv].
         planes: RoPE planes of a head.
         moment: [E', E'] second moment of the augmented input; None for the identity.
         query_energy: [Hkv, P] energy of the queries of each KV head, plane by plane.
@@ -44,7 +43,6 @@ class Moments:
     key: Tensor
     value: Tensor
     query: Tensor
-    output: Tensor
     planes: Planes
     moment: Tensor | None
     query_energy: Tensor
@@ -93,7 +91,6 @@ def moments_of(layer: AttentionLayer, moment: Tensor | None) -> Moments:
         key=key,
         value=value,
         query=query,
-        output=output,
         planes=planes,
         moment=moment,
         query_energy=energy.reshape(*members, -1).sum(1),
@@ -119,33 +116,29 @@ def merge_heads(
     """
     facts = moments_of(layer, moment)
     turning, rest = split(facts.key, facts.planes)
-    query, output = facts.query.clone(), facts.output.clone()
-    query_turning, query_rest = split(query, facts.planes)
-    keys, values = [], []
-    losses = {"k": Loss(0.0, 0.0), "v": Loss(0.0, 0.0)}
+    query_turning, query_rest = split(facts.query, facts.planes)  # indexing copies
+    keys, key_loss = [], Loss(0.0, 0.0)
     for group in groups:
         members = list(group)
         key = merge_complex(turning[members], facts.query_energy[members], moment)
         still = merge_real(rest[members], facts.query_metric[members], moment)
-        value = merge_real(facts.value[members], facts.output_metric[members], moment)
         keys.append(join(key.rows[None], still.rows[None], facts.planes)[0])
-        values.append(value.rows)
-        losses["k"] = _add(losses["k"], key.total + still.total, key.lost + still.lost)
-        losses["v"] = _add(losses["v"], value.total, value.lost)
+        key_loss = _add(key_loss, key.total + still.total, key.lost + still.lost)
         for place, member in enumerate(members):
             for head in range(member * layer.geometry.group, (member + 1) * layer.geometry.group):
                 query_turning[head] *= key.maps[place].conj()[:, None]
                 query_rest[head] = still.maps[place].mT @ query_rest[head]
-                output[:, head] = output[:, head] @ value.maps[place]
+    valued, value_loss = merge_values(layer, groups, moment)
+    assert valued.o is not None
     order = _query_order(groups, layer.geometry.group)
     query = join(query_turning, query_rest, facts.planes)[order]
     merged = dataclasses.replace(
-        layer,
+        valued,
         geometry=dataclasses.replace(layer.geometry, kv_heads=len(groups)),
-        o=output[:, order].to(_dtype(layer.o)),
-        **_rows(layer, q=query, k=torch.stack(keys), v=torch.stack(values)),
+        o=valued.o[:, order],
+        **_rows(layer, q=query, k=torch.stack(keys)),
     )
-    return merged, losses
+    return merged, {"k": key_loss, "v": value_loss}
 
 
 def merge_values(
@@ -158,7 +151,7 @@ def merge_values(
 
     Args:
         layer: The layer, with v and o.
-        groups: Adjacent members of every new KV head.
+        groups: Members of every new KV head; output columns stay in their order.
         moment: [E + 1, E + 1] second moment of the input with a constant 1; None for identity.
     """
     assert layer.v is not None
@@ -207,8 +200,3 @@ def _query_order(groups: Groups, per_member: int) -> list[int]:
 
 def _add(loss: Loss, total: float, lost: float) -> Loss:
     return Loss(loss.total + total, loss.lost + lost)
-
-
-def _dtype(tensor: Tensor | None) -> torch.dtype:
-    assert tensor is not None
-    return tensor.dtype

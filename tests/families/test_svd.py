@@ -114,3 +114,13 @@ def test_clipping_is_refused_by_name(checkpoint: Checkpoints, tmp_path: Path, na
     recipe = {"method": "mqa", "merge": "svd", "source": str(checkpoint(name))}
     with pytest.raises(UsageError, match="clip_qkv"):
         convert(make_recipe({**recipe, "output": str(tmp_path / "out")}))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "stablelm:norm-bias", "phi:norm-tied"])
+def test_regrouping_normed_keys_is_refused_by_name(
+    checkpoint: Checkpoints, tmp_path: Path, name: str
+) -> None:
+    keys = {"method": "gqa", "kv_heads": 2, "merge": "svd", "group": "similar"}
+    source, out = str(checkpoint(name)), str(tmp_path / "out")
+    with pytest.raises(UsageError, match="queries and keys have a norm"):
+        convert(make_recipe({**keys, "source": source, "output": out}))
