@@ -124,3 +124,40 @@ def test_regrouping_normed_keys_is_refused_by_name(
     source, out = str(checkpoint(name)), str(tmp_path / "out")
     with pytest.raises(UsageError, match="queries and keys have a norm"):
         convert(make_recipe({**keys, "source": source, "output": out}))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama:bias-tied", "qwen2", "phi", "cohere", "glm4", "nemotron:bias-tied", "phi3"]
+)
+def test_heads_that_differ_by_a_turn_of_each_plane_merge_without_loss(
+    tmp_path: Path, name: str
+) -> None:
+    """Keys that are complex multiples of one another: only the conjugate in the query is right."""
+    model = make(name, settings(name), seed=2)
+    change_kv_heads(model, 2, lambda heads: heads[0], dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    facts = read_facts(read_json(tmp_path / "model" / "config.json"))
+    tensors = {n: t.double() for n, t in load_file(tmp_path / "model/model.safetensors").items()}
+    generator = torch.Generator().manual_seed(4)
+    for layer in range(facts.layers):
+        rope = facts.ropes[layer]
+        attention = unpack(tensors, facts.family, facts.geometry, layer)
+        for head in range(4):
+            factor = torch.randn(rope.dim // 2, 2, generator=generator, dtype=torch.float64)
+            for rows in (attention.k, attention.k_bias):
+                if rows is not None:
+                    _turn(rows[head], factor, interleaved=rope.interleaved)
+        tensors |= pack(attention, facts.family, layer)
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    out = _merged(tmp_path / "model", tmp_path / "merged", 2)
+    _assert_same_function(tmp_path / "model", out)
+
+
+def _turn(head: torch.Tensor, factor: torch.Tensor, *, interleaved: bool) -> None:
+    """Multiply plane f of a head, in place, by factor[f, 0] + i factor[f, 1], written out."""
+    planes = len(factor)
+    for f in range(planes):
+        i, j = (2 * f, 2 * f + 1) if interleaved else (f, f + planes)
+        a, b = head[i].clone(), head[j].clone()
+        head[i] = factor[f, 0] * a - factor[f, 1] * b
+        head[j] = factor[f, 1] * a + factor[f, 0] * b
