@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -16,12 +17,40 @@ from kvpatch.memory import format_bytes
 __all__ = ["inherited_metadata", "render_card"]
 
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
-_METHODS = {
-    "mean": "Adjacent KV heads are replaced by their mean, the published conversion "
+# by whether layers share, and the merge
+_MERGES = {
+    (False, "mean"): "Adjacent KV heads are replaced by their mean, the published conversion "
     "(Ainslie et al., arXiv:2305.13245, section 2.1).",
-    "svd": "Keys are merged by a query-weighted Hermitian PCA in each RoPE plane, values by a PCA "
-    "under the metric of the output projection; queries and output projection absorb the maps.",
-    "first": "Of adjacent KV heads the first is kept (Ainslie et al., arXiv:2305.13245, figure 4).",
+    (False, "first"): "Of adjacent KV heads the first is kept (Ainslie et al., arXiv:2305.13245, "
+    "figure 4).",
+    (False, "svd"): "Keys are merged by a query-weighted PCA, Hermitian in each RoPE plane, values "
+    "by a PCA under the metric of the output projection; queries and output projection absorb the "
+    "maps. Where queries and keys have a norm, keys are averaged instead.",
+    (True, "mean"): "Layers that share keys and values (Brandon et al., arXiv:2405.12981) use the "
+    "mean of their projections.",
+    (True, "first"): "Layers that share keys and values (Brandon et al., arXiv:2405.12981) use the "
+    "projections of the first of them.",
+    (True, "svd"): "Layers that share keys and values (Brandon et al., arXiv:2405.12981) read the "
+    "input of the first of them; what the others read of their own is predicted from it by least "
+    "squares, or taken to be the same where nothing was calibrated. Keys are then merged by a "
+    "query-weighted PCA, Hermitian in each RoPE plane, values by a PCA under the metric of the "
+    "output projection; queries and output projections absorb the maps. Where queries and keys "
+    "have a norm, keys are those of the first layer, averaged if there are to be fewer.",
+}
+_GROUPS = {
+    "adjacent": "Neighbouring heads are merged.",
+    "similar": "Heads are merged with those that lose least energy together.",
+}
+_MATCHES = {
+    True: "Heads of different layers are paired by what they lose together, unless queries and "
+    "keys have a norm.",
+    False: "Heads at the same place in different layers are paired.",
+}
+_REFITS = {
+    "q": "Query and key projections were then refitted to the source's attention",
+    "o": "Value and output projections were then refitted to the source's outcome",
+    "qo": "Query and key projections were then refitted to the source's attention, value and "
+    "output projections to its outcome",
 }
 
 
@@ -54,14 +83,18 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 def render_card(manifest: Mapping[str, Any]) -> bytes:
     """README.md for the Hub: metadata, sizes, method, measured quality, how to load, recipe."""
     source, recipe, cache = manifest["source"], manifest["recipe"], manifest["kv_cache"]
-    after = cache["kv_heads"][1]
-    kind = "MQA" if after == 1 else f"GQA with {after} KV heads"
-    layers = manifest["layers"]
+    before, after = cache["kv_heads"]
+    layers, architecture = manifest["layers"], manifest["architecture"]
+    ours = architecture.startswith("Kvpatch")
+    shared = recipe["method"] == "cla"
+    kinds = ["cla"] if shared else []
+    if after < before or not shared:
+        kinds.append("mqa" if after == 1 else "gqa")
     metadata: dict[str, Any] = {
         **source["metadata"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["kvpatch", "mqa" if after == 1 else "gqa", "kv-cache"],
+        "tags": ["kvpatch", *kinds, "kv-cache"],
     }
     if source["repository"]:
         metadata |= {"base_model": source["repository"], "base_model_relation": "finetune"}
@@ -70,12 +103,15 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    kind, change = _kind(recipe, before, after)
     text: str = template.render(
         front_matter=yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True),
         title=f"{source['name'].rpartition('/')[2]}, {kind}",
         source=source,
-        kind=kind,
-        heads={"before": cache["kv_heads"][0], "after": after},
+        change=change,
+        heads={"before": before, "after": after},
+        shared=shared,
+        sources=cache["kv_source_layers"],
         kv={
             "context": cache["context"],
             "before": format_bytes(cache["bytes_per_token"][0]),
@@ -83,16 +119,59 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "before_full": format_bytes(cache["bytes_at_context"][0]),
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
-        method=_METHODS[recipe["merge"]],
+        method=_method(recipe),
         energy="as queries and outputs read it" if recipe["merge"] == "svd" else "of the weights",
-        lost={part: _mean_percent(layers, f"lost_energy_{part}") for part in ("k", "v")},
+        lost={
+            "k": _mean_percent(layer["lost_energy_k"] for layer in layers),
+            "v": _mean_percent(layer["lost_energy_v"] for layer in layers),
+            "svd_k": _svd_percent(layers),
+        },
         dtype=recipe.get("dtype"),
+        calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
-        architecture=manifest["architecture"],
+        pooled=recipe["merge"] != "svd",
+        architecture=architecture,
+        ours=ours,
+        carried=not ours and architecture != source["architecture"],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
 
 
-def _mean_percent(layers: Sequence[Mapping[str, float]], key: str) -> str:
-    return f"{100 * sum(layer[key] for layer in layers) / len(layers):.1f} %"
+def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]:
+    """What the result is called, and a phrase that says what was changed."""
+    heads = "1 KV head" if after == 1 else f"{after} KV heads"
+    if recipe["method"] == "cla":
+        kind = f"CLA{recipe['share']} with {heads}"
+        fewer = f" and merging {before} KV heads to {after} in each" if after < before else ""
+        return kind, f"by sharing keys and values between layers{fewer} ({kind})"
+    kind = "MQA" if after == 1 else f"GQA with {heads}"
+    return kind, f"from {before} to {after} KV heads per layer ({kind})"
+
+
+def _method(recipe: Mapping[str, Any]) -> list[str]:
+    """What was done, in sentences."""
+    shared, merge = recipe["method"] == "cla", recipe["merge"]
+    sentences = [_MERGES[shared, merge]]
+    if merge == "svd" and "group" in recipe:
+        sentences.append(_GROUPS[recipe["group"]])
+    if merge == "svd" and shared:
+        sentences.append(_MATCHES[recipe["match"]])
+    if recipe["refit"] != "none":
+        sentences.append(f"{_REFITS[recipe['refit']]}, by least squares on the calibration text.")
+    return sentences
+
+
+def _svd_percent(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    """What svd would lose, each layer with all that share with it; None if not all is known."""
+    found = {
+        layer["layer"]: layer["svd_lost_energy_k"]
+        for layer in layers
+        if "svd_lost_energy_k" in layer
+    }
+    sources = [layer["source"] for layer in layers]
+    return _mean_percent(map(found.__getitem__, sources)) if found.keys() >= set(sources) else None
+
+
+def _mean_percent(shares: Iterable[float]) -> str:
+    return f"{100 * fmean(shares):.1f} %"

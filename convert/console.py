@@ -77,15 +77,41 @@ class Console:
             self.line(row.rstrip())
 
     @contextmanager
+    def stages(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Progress bars on stderr, one for each stage of the work, if that is a terminal.
+
+        Yields:
+            A function to call with the stage, the amount of it just done, and its amount in all.
+        """
+        if self._hides_progress:
+            yield lambda stage, done, total: None
+            return
+        from rich import progress as bars  # noqa: PLC0415
+        from rich.console import Console as RichConsole  # noqa: PLC0415
+
+        with bars.Progress(console=RichConsole(stderr=True), transient=True) as bar:
+            tasks: dict[str, bars.TaskID] = {}
+
+            def advance(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], advance=done)
+
+            yield advance
+
+    @property
+    def _hides_progress(self) -> bool:
+        unwanted = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "") in {"1", "true"}
+        return self.quiet or unwanted or not sys.stderr.isatty()
+
+    @contextmanager
     def progress(self, title: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
         """A progress bar on stderr, if that is a terminal.
 
         Yields:
-            A function to call with the amount just done and the amount in all; for the unit
-            ``bytes`` amounts add up, for others the first is the count so far.
+            A function to call with the amount done so far and the amount in all.
         """
-        hidden = self.quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "") in {"1", "true"}
-        if hidden or not sys.stderr.isatty():
+        if self._hides_progress:
             yield lambda done, total: None
             return
         from rich import progress as bars  # noqa: PLC0415
@@ -94,20 +120,15 @@ class Console:
         columns: list[bars.ProgressColumn] = [
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn(unit),
+            bars.TimeRemainingColumn(),
         ]
-        if unit == "bytes":
-            columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
-        else:
-            columns += [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
-        columns.append(bars.TimeRemainingColumn())
         with bars.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None)
 
             def advance(done: int, total: int) -> None:
-                if unit == "bytes":
-                    bar.update(task, advance=done, total=total)
-                else:
-                    bar.update(task, completed=done, total=total)
+                bar.update(task, completed=done, total=total)
 
             yield advance
 

@@ -20,6 +20,7 @@ from kvpatch.memory import format_bytes
 __all__ = ["run_demo"]
 
 _CONTEXT, _SAMPLES = 256, 32
+_CALIBRATED: dict[str, Any] = {"merge": "svd", "samples": 16, "context": 128}
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("GQA, 4 KV heads, first", {"method": "gqa", "kv_heads": 4, "merge": "first"}),
     ("GQA, 4 KV heads, mean", {"method": "gqa", "kv_heads": 4, "merge": "mean"}),
@@ -28,6 +29,11 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("GQA, 4 KV heads, svd", {"method": "gqa", "kv_heads": 4, "merge": "svd"}),
     ("GQA, 2 KV heads, svd", {"method": "gqa", "kv_heads": 2, "merge": "svd"}),
     ("MQA, 1 KV head, svd", {"method": "mqa", "merge": "svd"}),
+    ("GQA, 4 KV heads, calibrated", {"method": "gqa", "kv_heads": 4, **_CALIBRATED}),
+    ("GQA, 2 KV heads, calibrated", {"method": "gqa", "kv_heads": 2, **_CALIBRATED}),
+    ("MQA, 1 KV head, calibrated", {"method": "mqa", **_CALIBRATED}),
+    ("CLA2, 8 KV heads, mean", {"method": "cla", "share": 2, "merge": "mean"}),
+    ("CLA2, 8 KV heads, calibrated", {"method": "cla", "share": 2, **_CALIBRATED}),
 )
 
 
@@ -57,7 +63,10 @@ def run_demo(console: Console, keep: Path | None) -> None:
         for title, keys in _VARIANTS:
             output = Path(work) / title.replace(", ", "-").replace(" ", "-").lower()
             console.note(f"converting: {title}")
-            convert(make_recipe({"source": str(source), "output": str(output), **keys}))
+            paths = {"source": str(source), "output": str(output)}
+            if "samples" in keys:
+                paths["calibration"] = str(folder / "demo-calibration.txt")
+            convert(make_recipe({**keys, **paths}))
             converted = read_facts(read_json(output / "config.json"))
             evaluation = evaluate_checkpoint(
                 output, text, against=source, context=_CONTEXT, samples=_SAMPLES

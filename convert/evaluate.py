@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from convert.loading import load_model, load_tokenizer, quiet_transformers
+from convert.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
 __all__ = ["Against", "Evaluation", "evaluate_checkpoint", "windows_of"]
@@ -106,7 +106,7 @@ def evaluate_checkpoint(
         VerificationError: If a model does not load, or gives logits that are not finite.
     """
     content = _read_text(text)
-    _check_device(device)
+    check_device(device)
     if dtype is None and device == "cpu":
         dtype = torch.float32
     with quiet_transformers():
@@ -212,15 +212,6 @@ def _check_windows(context: int, stride: int, limit: int) -> None:
             f"--context {context} --stride {stride} does not work here",
             hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
         )
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"--device {device}: no such kind of device") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: there is no CUDA device here")
 
 
 def _read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +16,15 @@ from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.safetensors_header import tensor_bytes
 from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord, ShardWriter
-from convert.families import pack, unpack
-from convert.plan import Plan, Shard, Step, TensorSpec
+from convert.facts import ModelFacts
+from convert.families import unpack
+from convert.layer import AttentionLayer
+from convert.methods import Converted
+from convert.plan import Plan, Shard
+from convert.steps import Step, TensorSpec, emit
 from kvpatch.errors import InputModelError, VerificationError
 
-__all__ = ["execute"]
+__all__ = ["execute", "read_layer", "read_unit"]
 
 Progress = Callable[[int], None]
 
@@ -30,6 +34,7 @@ def execute(
     checkpoint: Checkpoint,
     staging: Staging,
     *,
+    calibrated: Callable[[tuple[int, ...]], Converted] | None,
     allow_nonfinite: bool,
     progress: Progress,
 ) -> dict[str, FileRecord]:
@@ -39,6 +44,7 @@ def execute(
         plan: What to do.
         checkpoint: The open source.
         staging: Where shards and journal go.
+        calibrated: Units that calibration has converted already; None where nothing is calibrated.
         allow_nonfinite: Copy tensors that hold NaN or infinity, instead of refusing them.
         progress: Called with the number of bytes of each piece written.
 
@@ -50,7 +56,7 @@ def execute(
         VerificationError: If a finite source gives a result that is not.
         ResourceError: If the disk is full.
     """
-    engine = _Engine(plan, checkpoint, staging, allow_nonfinite, progress)
+    engine = _Engine(plan, checkpoint, staging, calibrated, allow_nonfinite, progress)
     with _one_torch_thread(), _hashing_source(checkpoint) as hashes:
         for shard in plan.shards:
             if shard.file in staging.finished:
@@ -92,6 +98,7 @@ class _Engine:
     plan: Plan
     checkpoint: Checkpoint
     staging: Staging
+    calibrated: Callable[[tuple[int, ...]], Converted] | None
     allow_nonfinite: bool
     progress: Progress
 
@@ -101,10 +108,14 @@ class _Engine:
         results: list[dict[str, Any]] = []
         with ShardWriter(self.staging.path / shard.file, header) as writer:
             for step in shard.steps:
-                if step.layer is None:
+                if step.layers:
+                    results += self._convert(step, writer)
+                elif step.constant is not None:
+                    self._constant(step, step.constant, writer)
+                elif step.transform is not None:
+                    self._rewrite(step, writer)
+                elif step.outputs:
                     self._copy(step, writer)
-                else:
-                    results.append(self._convert(step, step.layer, writer))
             record = writer.finish()
         for file in {self.checkpoint.tensors[n].file for s in shard.steps for n in s.inputs}:
             self.checkpoint.check_unchanged(file)  # else a resumed run would trust this shard
@@ -127,31 +138,105 @@ class _Engine:
                 writer.write(tensor_bytes(cast))
             self.progress(len(chunk) * spec.dtype.itemsize // own.itemsize)
 
-    def _convert(self, step: Step, layer: int, writer: ShardWriter) -> dict[str, Any]:
-        """Run the method on one layer, write what comes out, and return what it lost."""
-        facts, method = self.plan.facts, self.plan.method
-        tensors: dict[str, Tensor] = {}
-        for name in step.inputs:
-            tensor = self.checkpoint.read(name)
-            if not _is_finite(tensor):
-                raise _nonfinite_source(self.checkpoint, name)
-            tensors[name] = tensor.to(torch.promote_types(tensor.dtype, step.outputs[0].dtype))
-        rope = facts.ropes[layer]
-        before = unpack(tensors, facts.family, facts.geometry, layer, rope=rope)
-        after, results = method.convert(before)
-        packed = pack(after, facts.family, layer)
+    def _rewrite(self, step: Step, writer: ShardWriter) -> None:
+        """Read one tensor as a whole, transform it, and write what comes out."""
+        assert step.transform is not None
+        tensor = self.checkpoint.read(step.inputs[0])
+        if not self.allow_nonfinite and not _is_finite(tensor):
+            raise _nonfinite_source(self.checkpoint, step.inputs[0])
+        self._write(step.outputs[0], step.transform(tensor), writer, check=_is_finite(tensor))
+
+    def _constant(self, step: Step, value: float, writer: ShardWriter) -> None:
+        spec = step.outputs[0]
+        self._write(spec, torch.full(spec.shape, value, dtype=spec.dtype), writer)
+
+    def _convert(self, step: Step, writer: ShardWriter) -> list[dict[str, Any]]:
+        """Run the method on a unit of layers, write what comes out, and return what it lost."""
+        facts, method, target = self.plan.facts, self.plan.method, self.plan.target
+        wanted = step.outputs[0].dtype
+        before = read_unit(self.checkpoint, facts, step, wanted)
+        layers = [layer for layer, _ in before]
+        if self.calibrated is None:
+            after, results = method.convert(layers, None)
+        else:
+            after, results = self.calibrated(step.layers)
+        packed: dict[str, Tensor] = {}
+        for index, (_, tensors), converted in zip(step.layers, before, after, strict=True):
+            packed |= emit(converted, tensors, facts, target, index)
         for spec in step.outputs:
-            tensor = packed.pop(spec.name).to(spec.dtype)
-            assert tuple(tensor.shape) == spec.shape, spec
-            _check_result(tensor, spec)
-            writer.write(tensor_bytes(tensor))
+            self._write(spec, packed.pop(spec.name), writer)
         assert not packed, sorted(packed)
-        self.progress(step.nbytes)
-        return {
-            "layer": layer,
-            "kv_heads": [before.geometry.kv_heads, after.geometry.kv_heads],
-            **results,
-        }
+        return [
+            {
+                "layer": index,
+                "source": self.plan.sources[index],
+                "kv_heads": [old.geometry.kv_heads, new.geometry.kv_heads],
+                **result,
+            }
+            for index, old, new, result in zip(step.layers, layers, after, results, strict=True)
+        ]
+
+    def _write(
+        self, spec: TensorSpec, values: Tensor, writer: ShardWriter, *, check: bool = True
+    ) -> None:
+        tensor = values.to(spec.dtype).contiguous()
+        assert tuple(tensor.shape) == spec.shape, spec
+        if check:
+            _check_result(tensor, spec)
+        writer.write(tensor_bytes(tensor))
+        self.progress(spec.nbytes)
+
+
+def read_unit(
+    checkpoint: Checkpoint, facts: ModelFacts, step: Step, dtype: torch.dtype
+) -> list[tuple[AttentionLayer, dict[str, Tensor]]]:
+    """Layers of a step in canonical form, each with its tensors by name.
+
+    Args:
+        checkpoint: The open source.
+        facts: Its attention.
+        step: One that converts layers.
+        dtype: Of the result; narrower tensors are widened to it first.
+
+    Raises:
+        InputModelError: If a tensor holds NaN or infinity.
+    """
+    unit = []
+    for layer in step.layers:
+        prefix = facts.family.layer_prefix.format(layer=layer)
+        names = [name for name in step.inputs if name.startswith(prefix)]
+        unit.append(read_layer(checkpoint, facts, layer, names, dtype))
+    return unit
+
+
+def read_layer(
+    checkpoint: Checkpoint,
+    facts: ModelFacts,
+    layer: int,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+) -> tuple[AttentionLayer, dict[str, Tensor]]:
+    """One layer in canonical form, and its tensors by name.
+
+    Args:
+        checkpoint: The open source.
+        facts: Its attention.
+        layer: Decoder layer.
+        names: Its tensors.
+        dtype: Narrower tensors are widened to it first; None leaves all as they are.
+
+    Raises:
+        InputModelError: If a tensor holds NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensor = checkpoint.read(name)
+        if not _is_finite(tensor):
+            raise _nonfinite_source(checkpoint, name)
+        wide = tensor.dtype if dtype is None else torch.promote_types(tensor.dtype, dtype)
+        tensors[name] = tensor.to(wide)
+    rope = facts.ropes[layer]
+    return unpack(tensors, facts.family, facts.geometry, layer, rope=rope), tensors
 
 
 def _is_finite(tensor: Tensor) -> bool:

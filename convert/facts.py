@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from convert.families import Family, family_of
+from convert.families import Family, Only, family_of
 from convert.families.positions import check_positions, layer_ropes, layer_windows
 from convert.layer import Geometry, QkNorm, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
 
-__all__ = ["ModelFacts", "check_shapes", "read_facts", "with_stored_dtype"]
+__all__ = ["ModelFacts", "check_shapes", "read_facts", "with_stored_dtype", "with_stored_names"]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LARGEST = 10**7  # of any count or width; larger ones would only cost time and memory
@@ -34,10 +34,12 @@ class ModelFacts:
         dtype: Name of the weight dtype, as torch spells it.
         ropes: Rotary positions of each layer.
         windows: Sliding window of each layer, None where it sees everything.
-        scale: Factor on the scores.
+        sources: For each layer the one whose keys and values it reads, mostly itself.
+        scales: Factor on the scores of each layer.
         softcap: Cap of the scores by tanh, or None.
         clip: Clamp on queries, keys and values, or None.
         tied: Whether input and output embeddings are one.
+        residual_multiplier: Factor on the attention's output where it joins the residual stream.
     """
 
     config: Mapping[str, Any]
@@ -48,21 +50,36 @@ class ModelFacts:
     dtype: str
     ropes: tuple[Rope, ...]
     windows: tuple[int | None, ...]
-    scale: float
+    sources: tuple[int, ...]
+    scales: tuple[float, ...]
     softcap: float | None
     clip: float | None
     tied: bool
+    residual_multiplier: float
 
-    def cache(self, *, kv_heads: int | None = None, dtype: str | None = None) -> KVCache:
-        """KV cache of this model, or of its conversion to ``kv_heads`` and ``dtype``."""
+    def cache(
+        self,
+        *,
+        kv_heads: int | None = None,
+        sources: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> KVCache:
+        """KV cache of this model, or of its conversion to ``kv_heads``, ``sources``, ``dtype``."""
         return multi_head_cache(
             layers=self.layers,
             kv_heads=self.geometry.kv_heads if kv_heads is None else kv_heads,
             head_dim=self.geometry.head_dim,
             value_dim=self.geometry.value_dim,
-            windows=self.windows,
+            sources=self.sources if sources is None else sources,
+            windows=self.windows if self.family.windows.cached else (None,) * self.layers,
             bytes_per_value=_DTYPE_BYTES[dtype or self.dtype],
         )
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the model's norms."""
+        keys = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+        return next((float(self.config[k]) for k in keys if self.config.get(k) is not None), 1e-5)
 
     @property
     def qk_norm(self) -> QkNorm | None:
@@ -95,29 +112,29 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         raise InputModelError("config.json has use_bidirectional_attention: not a causal model")
     if config.get("per_layer_config"):
         raise InputModelError("config.json has per_layer_config: layers differ in their attention")
-    config = {**family.defaults, **config}
-    heads = _integer(config, "num_attention_heads")
-    hidden = _integer(config, "hidden_size")
-    kv_heads = _integer(config, "num_key_value_heads", default=heads)
-    head_dim = _integer(config, "head_dim", default=hidden // heads)
-    layers = _integer(config, "num_hidden_layers")
+    full = family.completed(config)
+    for rule in family.only:
+        _check_only(rule, full, family.spelling(rule.key, config))
+
+    def integer(key: str, default: int | None = None) -> int:
+        return _integer(full.get(key), family.spelling(key, config), default)
+
+    heads, hidden = integer("num_attention_heads"), integer("hidden_size")
+    # a class without KV heads of its own reads neither of these keys
+    single = bool(family.multi_query) and bool(full.get("multi_query"))
+    own = 1 if single else heads
+    kv_heads = integer("num_key_value_heads", heads) if family.gqa else own
+    head_dim = integer("head_dim", hidden // heads) if family.gqa else hidden // heads
+    layers = integer("num_hidden_layers")
     if heads % kv_heads:
         raise InputModelError(
             f"config.json: num_key_value_heads {kv_heads} does not divide "
             f"num_attention_heads {heads}"
         )
-    check_positions(config, layers)
+    check_positions(full, layers, lambda key: family.spelling(key, config))
     geometry = Geometry(
         hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim
     )
-    scale = head_dim**-0.5
-    if family.scale is not None:
-        key, exponent = family.scale
-        if not isinstance(config[key], int | float) or config[key] <= 0:
-            raise InputModelError(
-                f"config.json: {key} must be a positive number, found {config[key]!r}"
-            )
-        scale = float(config[key]) ** exponent
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
         "torch."
     )
@@ -127,19 +144,37 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
             hint="Convert an unquantised checkpoint.",
         )
     return ModelFacts(
-        config=config,
+        config=full,
         family=family,
         geometry=geometry,
         layers=layers,
-        context=_integer(config, "max_position_embeddings", default=2048),
+        context=integer("max_position_embeddings", 2048),
         dtype=dtype,
-        ropes=layer_ropes(config, family, layers=layers, head_dim=head_dim),
-        windows=layer_windows(config, family, layers=layers),
-        scale=scale,
-        softcap=config.get("attn_logit_softcapping"),
-        clip=config.get("clip_qkv"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        ropes=layer_ropes(full, family, layers=layers, head_dim=head_dim),
+        windows=layer_windows(full, family, layers=layers),
+        sources=_sources(full, layers),
+        scales=_scales(full, family, config, head_dim=head_dim, layers=layers),
+        softcap=full.get("attn_logit_softcapping"),
+        clip=full.get("clip_qkv"),
+        tied=bool(full.get("tie_word_embeddings", False)),
+        residual_multiplier=_residual_multiplier(full, family),
     )
+
+
+def with_stored_names(facts: ModelFacts, names: Container[str]) -> ModelFacts:
+    """The facts with the tensor names of the checkpoint, which may lack the base model's prefix.
+
+    transformers loads both; such a checkpoint was saved from the model without its head.
+
+    Args:
+        facts: From config.json.
+        names: Names of the tensors.
+    """
+    bare = facts.family.without_base()
+    first = bare.projections[0].name
+    if f"{bare.layer_prefix.format(layer=0)}{first}.weight" not in names:
+        return facts
+    return dataclasses.replace(facts, family=bare)
 
 
 def with_stored_dtype(facts: ModelFacts, dtypes: Iterable[torch.dtype]) -> ModelFacts:
@@ -166,31 +201,31 @@ def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> No
     Raises:
         InputModelError: With a table of every attention tensor that is absent or contradicts.
     """
+    family, hidden = facts.family, facts.geometry.hidden
     problems: list[tuple[str, object, object]] = []
     for layer in range(facts.layers):
-        prefix = facts.family.layer_prefix.format(layer=layer)
-        for projection in facts.family.projections:
-            weight = f"{prefix}{projection.name}.weight"
-            expected = projection.shape(facts.geometry)
+        prefix = family.layer_prefix.format(layer=layer)
+        for projection in family.projections:
+            if facts.sources[layer] != layer and set(projection.parts) <= {"k", "v"}:
+                continue
+            expected, expected_bias = projection.shapes(facts.geometry)
+            weight, bias = f"{prefix}{projection.name}.weight", f"{prefix}{projection.name}.bias"
             if shapes.get(weight) != expected:
                 problems.append((weight, expected, shapes.get(weight)))
-            bias = f"{prefix}{projection.name}.bias"
-            if bias in shapes and shapes[bias] != expected[:1]:
-                problems.append((bias, expected[:1], shapes[bias]))
-    beyond = facts.family.layer_prefix.format(layer=facts.layers)
+            if bias in shapes and shapes[bias] != expected_bias:
+                problems.append((bias, expected_bias, shapes[bias]))
+    beyond = family.layer_prefix.format(layer=facts.layers)
     problems += [
         (repr(name)[1:-1], f"no layer {facts.layers}", shape)
         for name, shape in shapes.items()
         if name.startswith(beyond)
     ]
     vocabulary = facts.config.get("vocab_size")
-    embedding = shapes.get("model.embed_tokens.weight")
-    if embedding is not None and embedding != (vocabulary, facts.geometry.hidden):
-        problems.append(
-            ("model.embed_tokens.weight", (vocabulary, facts.geometry.hidden), embedding)
-        )
-    if not facts.tied and embedding is not None and "lm_head.weight" not in shapes:
-        problems.append(("lm_head.weight", "present: tie_word_embeddings is false", None))
+    embedding = shapes.get(family.embedding)
+    if embedding is not None and embedding != (vocabulary, hidden):
+        problems.append((family.embedding, (vocabulary, hidden), embedding))
+    if not facts.tied and embedding is not None and not shapes.keys() & set(family.heads):
+        problems.append((family.heads[0], "present: tie_word_embeddings is false", None))
     if problems:
         lines = [f"  {n}: config says {want}, file has {have}" for n, want, have in problems[:8]]
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -201,12 +236,69 @@ def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> No
         )
 
 
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
+def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    listed = full.get("kv_source_layers")
+    if listed is None:
+        return tuple(range(layers))
+    if not isinstance(listed, list) or len(listed) != layers:
+        raise InputModelError(
+            f"config.json: kv_source_layers must list {layers} layers, found {listed!r}"
+        )
+    return tuple(int(source) for source in listed)
+
+
+def _check_only(rule: Only, full: Mapping[str, Any], name: str) -> None:
+    value = full.get(rule.key)
+    wanted = rule.value if rule.same_as is None else full.get(rule.same_as)
+    if value is None or value == wanted:
+        return
+    raise InputModelError(
+        f"config.json: {name} is {value!r}: {rule.otherwise} is not supported",
+        hint=f"Of model_type {full['model_type']!r}, only models with {name} = {wanted!r} are.",
+    )
+
+
+def _scales(
+    full: Mapping[str, Any],
+    family: Family,
+    config: Mapping[str, Any],
+    *,
+    head_dim: int,
+    layers: int,
+) -> tuple[float, ...]:
+    """Factor on the scores of every layer."""
+    scale = head_dim**-0.5
+    if isinstance(family.scale, float):
+        scale = family.scale
+    elif family.scale is not None:
+        key, exponent = family.scale
+        value = full.get(key)
+        if value is not None or key in family.defaults:
+            if not isinstance(value, int | float) or value <= 0:
+                raise InputModelError(
+                    f"config.json: {family.spelling(key, config)} must be a positive number, "
+                    f"found {value!r}"
+                )
+            scale = float(value) ** exponent
+    if family.scale_switch is not None and not full.get(family.scale_switch):
+        scale = 1.0
+    by_layer = family.layer_scale is not None and full.get(family.layer_scale)
+    return tuple(scale / (layer + 1 if by_layer else 1) for layer in range(layers))
+
+
+def _residual_multiplier(full: Mapping[str, Any], family: Family) -> float:
+    value = 1.0 if family.residual_multiplier is None else full[family.residual_multiplier]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        key = family.residual_multiplier
+        raise InputModelError(f"config.json: {key} must be a number, found {value!r}")
+    return float(value)
+
+
+def _integer(value: Any, name: str, default: int | None) -> int:
     if value is None:  # null means what the sizes imply, also in transformers
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputModelError(f"config.json: {key} must be a positive integer, found {value!r}")
+        raise InputModelError(f"config.json: {name} must be a positive integer, found {value!r}")
     if value > _LARGEST:
-        raise InputModelError(f"config.json: {key} is {value}, larger than any model")
+        raise InputModelError(f"config.json: {name} is {value}, larger than any model")
     return value

@@ -10,7 +10,9 @@ from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint, read_json
 from convert.facts import ModelFacts, check_shapes, read_facts, with_stored_dtype
 from convert.hub import fetch_config
+from convert.targets import targets_for
 from kvpatch.memory import KVCache, latent_cache, multi_head_cache
+from kvpatch.models import PREFIX
 
 __all__ = ["CacheRow", "cache_rows", "describe", "inspect_dims", "inspect_source"]
 
@@ -104,7 +106,7 @@ def cache_rows(
             layers=layers,
             kv_heads=kv,
             head_dim=head_dim,
-            share=share,
+            sources=[layer - layer % share for layer in range(layers)],
             windows=spans,
             bytes_per_value=bytes_per_value,
         )
@@ -168,7 +170,15 @@ def describe(facts: ModelFacts) -> Mapping[str, Any]:
         "dtype": facts.dtype,
         "tied_embeddings": facts.tied,
         "conversions": {
-            "gqa": {"kv_heads": legal, "target": facts.family.architecture} if legal else None,
-            "mqa": {"kv_heads": [1], "target": facts.family.architecture} if legal else None,
+            "gqa": _conversion(facts, legal),
+            "mqa": _conversion(facts, legal[:1]),
         },
     }
+
+
+def _conversion(facts: ModelFacts, kv_heads: Sequence[int]) -> Mapping[str, Any] | None:
+    """KV-head counts to choose from, and the class that holds the largest of them."""
+    if not kv_heads or facts.family.model_type.startswith(PREFIX):
+        return None
+    target = targets_for(facts, kv_heads=kv_heads[-1])[0]
+    return {"kv_heads": list(kv_heads), "target": target.architecture}

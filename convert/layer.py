@@ -84,6 +84,8 @@ class AttentionLayer:
         o_bias: [E].
         q_norm: [D] if shared by the heads, else [H, D].
         k_norm: [D] if shared by the heads, else [Hkv, D].
+        q_norm_bias: Like ``q_norm``; only a LayerNorm has one.
+        k_norm_bias: Like ``k_norm``.
         rope: Rotary positions; None where the method does not need them.
     """
 
@@ -98,4 +100,6 @@ class AttentionLayer:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_bias: Tensor | None = None
     rope: Rope | None = None

@@ -12,12 +12,26 @@ from typing import Any
 import torch
 
 from convert.resources import check_ram
-from kvpatch.errors import InputModelError, VerificationError
+from kvpatch.errors import InputModelError, UsageError, VerificationError
 
-__all__ = ["load_model", "load_tokenizer", "quiet_transformers"]
+__all__ = ["check_device", "load_model", "load_tokenizer", "quiet_transformers"]
 
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        UsageError: If there is no such device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: no such kind of device") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: there is no CUDA device here")
 
 
 @contextmanager

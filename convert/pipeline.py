@@ -1,39 +1,43 @@
-"""The one road: source -> facts -> plan -> convert layer by layer -> side files -> publish."""
+"""The one road: source -> facts -> plan -> calibrate -> convert -> side files -> publish."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from convert.calibrate import Calibration
 from convert.card import inherited_metadata, render_card
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.scratch import Scratch
 from convert.checkpoint.sidecars import side_files
 from convert.checkpoint.staging import MANIFEST, Staging, check_output
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
+from convert.choosing import choose_plan
 from convert.execute import execute
-from convert.facts import ModelFacts, read_facts, with_stored_dtype
+from convert.facts import ModelFacts, read_facts, with_stored_dtype, with_stored_names
 from convert.hub import Source, fetch_source, user_path
-from convert.methods import Method
-from convert.methods.pool import pooling
-from convert.methods.svd import svd_merge
+from convert.loading import check_device
 from convert.plan import Plan, make_plan
-from convert.recipe import Recipe, parse_size
+from convert.recipe import ClaRecipe, Recipe, parse_size
 from convert.resources import check_disk, check_ram
-from convert.targets.native import edit_config, index_json
+from convert.scheme import Scheme, method_of, scheme_of, settled
+from convert.sharing import parse_layers, uniform_plan
+from convert.targets.native import config_json, index_json, with_dtype
+from convert.texts import Windows, windows_from
 from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
+from kvpatch.models import source_files
 
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
 
-# keys that say where and how to run, not what the result is
-_RUN_KEYS = frozenset({"source", "output", "revision", "max_ram", "overwrite", "resume"})
+Progress = Callable[[str, int, int], None]
 _INDEX = "model.safetensors.index.json"
 _CONFIG, _CARD = "config.json", "README.md"
 
@@ -42,13 +46,19 @@ _CONFIG, _CARD = "config.json", "README.md"
 class Prepared:
     """A conversion that was planned but not begun."""
 
-    recipe: Recipe
+    scheme: Scheme
     source: Source
     checkpoint: Checkpoint
     plan: Plan
+    windows: Windows | None
     side_files: list[str]
     metadata: dict[str, Any]
     warnings: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, with every choice made."""
+        return self.scheme.recipe
 
 
 @contextmanager
@@ -62,52 +72,89 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
     with Checkpoint(source.path, allow_pickle=recipe.allow_pickle) as checkpoint:
         dtypes = (info.dtype for info in checkpoint.tensors.values())
         facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
-        _check_target(recipe, facts)
-        warnings = list(checkpoint.warnings)
-        if recipe.kv_heads == 1:
-            warnings.append(
-                "MQA by pooling loses the most; expect to uptrain (arXiv:2305.13245, appendix A)"
-            )
-        if recipe.merge == "svd" and facts.qk_norm is not None:
-            warnings.append("queries and keys have a norm: keys are averaged, only values merged")
-        if "auto_map" in checkpoint.config:
-            warnings.append("auto_map is left out of config.json: the result needs no remote code")
+        facts = with_stored_names(facts, checkpoint.tensors)
+        recipe = settled(recipe, facts)
+        windows = _windows(recipe, source)
+        sources = _sources(recipe, facts, checkpoint, windows)
+        scheme = scheme_of(recipe, facts, sources)
+        warnings = [*checkpoint.warnings, *scheme.warnings]
         metadata: dict[str, Any] = {}
         try:
             metadata = inherited_metadata(source.path)
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
+        if windows is not None and windows.tokens.numel() < 4 * facts.geometry.hidden:
+            warnings.append(
+                f"{windows.tokens.numel():,} calibration tokens are few for "
+                f"{facts.geometry.hidden:,} input dims: refits may be unstable; raise --samples"
+            )
+        identity = dict(scheme.result_keys)
+        if windows is not None:
+            identity["tokens"] = windows.tokens_sha256
         plan = make_plan(
             checkpoint,
             facts,
-            _method(recipe),
-            kv_heads=recipe.kv_heads,
+            scheme,
             dtype=recipe.dtype,
             max_shard_bytes=parse_size(recipe.max_shard_size),
-            recipe=_result_keys(recipe),
+            windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
+            identity=identity,
         )
         yield Prepared(
-            recipe=recipe,
+            scheme=scheme,
             source=source,
             checkpoint=checkpoint,
             plan=plan,
+            windows=windows,
             side_files=side_files(source.path),
             metadata=metadata,
             warnings=warnings,
         )
 
 
+def _windows(recipe: Recipe, source: Source) -> Windows | None:
+    if recipe.calibration is None:
+        return None
+    check_device(recipe.device)
+    assert recipe.context is not None
+    return windows_from(
+        source.path,
+        user_path(recipe.calibration),
+        samples=recipe.samples,
+        context=recipe.context,
+        seed=recipe.seed,
+    )
+
+
+def _sources(
+    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
+) -> Sequence[int]:
+    """For each layer the one whose keys and values it reads afterwards."""
+    if not isinstance(recipe, ClaRecipe):
+        return range(facts.layers)
+    if recipe.layers != "auto":
+        return uniform_plan(facts, recipe.share, *parse_layers(recipe.layers, facts.layers))
+    return choose_plan(
+        checkpoint,
+        facts,
+        method_of(recipe),
+        share=recipe.share,
+        tokens=None if windows is None else windows.tokens,
+        device=recipe.device,
+    )
+
+
 def convert(
     recipe: Recipe,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Convert a checkpoint; afterwards the output is complete, or as it was before.
 
     Args:
         recipe: What to convert, how and where to.
-        progress: Called with bytes just written and bytes in all.
+        progress: Called with what is being done, how much of it just was, and how much it is.
         warn: Called with each warning.
 
     Returns:
@@ -135,15 +182,18 @@ def convert(
                     warn(warning)
             done = sum(record.size for record, _ in staging.finished.values())
             check_disk(plan.output_bytes - done, out.absolute().parent)
+            calibration = _calibrate(prepared, staging, progress)
             total = plan.output_bytes
             sources = execute(
                 plan,
                 prepared.checkpoint,
                 staging,
+                calibrated=calibration.unit if calibration is not None else None,
                 allow_nonfinite=recipe.allow_nonfinite,
-                progress=lambda count: progress(count, total) if progress else None,
+                progress=lambda n: progress("converting", n, total) if progress else None,
             )
-            _write_small_files(prepared, staging, sources)
+            similarity = calibration.similarity() if calibration is not None else None
+            _write_small_files(prepared, staging, sources, similarity)
             _check_staged(plan, staging.path)
             staging.publish()
     return out
@@ -165,61 +215,52 @@ def obstacles(prepared: Prepared) -> list[str]:
     return found
 
 
-def _check_target(recipe: Recipe, facts: ModelFacts) -> None:
-    now, wanted = facts.geometry.kv_heads, recipe.kv_heads
-    if recipe.merge == "svd" and facts.clip is not None:
-        raise UsageError(
-            f"--merge svd would change what clip_qkv {facts.clip} cuts off in this model",
-            hint="Choose --merge mean or first.",
-        )
-    if recipe.group == "similar" and facts.qk_norm is not None:
-        raise UsageError(
-            "--group similar does not work here: this model's queries and keys have a norm, and "
-            "its keys can only be averaged with their neighbours",
-            hint="Choose --group adjacent.",
-        )
-    legal = facts.legal_kv_heads()
-    if wanted in legal:
-        return
-    name = facts.family.model_type
-    if not legal:
-        raise UsageError(f"this {name} model has a single KV head (MQA) already")
-    raise UsageError(
-        f"--kv-heads {wanted} does not work for a {name} model with {now} KV heads per layer",
-        hint=f"Choose one of {', '.join(map(str, legal))}: smaller than {now} and dividing it.",
+def _calibrate(
+    prepared: Prepared, staging: Staging, progress: Progress | None
+) -> Calibration | None:
+    """Convert all layers with the calibration text, if there is one."""
+    recipe = prepared.recipe
+    if prepared.windows is None or recipe.refit is None:
+        return None
+    calibration = Calibration(
+        plan=prepared.plan,
+        checkpoint=prepared.checkpoint,
+        scratch=Scratch(staging.scratch),
+        tokens=prepared.windows.tokens,
+        refit_scores=recipe.refit in {"q", "qo"},
+        refit_output=recipe.refit in {"o", "qo"},
+        seed=recipe.seed,
+        device=recipe.device,
     )
-
-
-def _method(recipe: Recipe) -> Method:
-    if recipe.merge == "svd":
-        return svd_merge(kv_heads=recipe.kv_heads, grouping=recipe.group)
-    return pooling(kv_heads=recipe.kv_heads, merge=recipe.merge)
-
-
-def _result_keys(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that determines the result; equal results have equal manifests."""
-    return {
-        key: value
-        for key, value in recipe.model_dump().items()
-        if key not in _RUN_KEYS and value is not None
-    }
+    layers = prepared.plan.facts.layers
+    calibration.run(lambda n: progress("calibrating", n, layers) if progress else None)
+    return calibration
 
 
 def _write_small_files(
-    prepared: Prepared, staging: Staging, sources: dict[str, FileRecord]
+    prepared: Prepared,
+    staging: Staging,
+    sources: dict[str, FileRecord],
+    similarity: list[list[float]] | None,
 ) -> None:
     """Side files, config, index, card and manifest, in this order."""
     plan, recipe, folder = prepared.plan, prepared.recipe, staging.path
     files = {file: record for file, (record, _) in staging.finished.items()}
     for name in prepared.side_files:
         files[name] = copy_file(guarded_path(prepared.source.path, name), folder / name)
-    config = edit_config(prepared.checkpoint.config, kv_heads=recipe.kv_heads, dtype=recipe.dtype)
-    files[_CONFIG] = write_file(folder / _CONFIG, config)
+    target = plan.target
+    config = with_dtype(target.edit(prepared.checkpoint.config), recipe.dtype)
+    files[_CONFIG] = write_file(folder / _CONFIG, config_json(config))
+    if target.name == "kvpatch":
+        for path in source_files():
+            files[path.name] = copy_file(path, folder / path.name)
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         index = index_json(weight_map, parameters=plan.parameters, size=plan.output_bytes)
         files[_INDEX] = write_file(folder / _INDEX, index)
     manifest = _manifest(prepared, staging, sources)
+    if similarity is not None:
+        manifest["similarity"] = similarity
     card = render_card(manifest)
     files[_CARD] = write_file(folder / _CARD, card)
     write_file(folder / MANIFEST, encode_manifest(manifest, files))
@@ -228,13 +269,14 @@ def _write_small_files(
 def _manifest(
     prepared: Prepared, staging: Staging, sources: dict[str, FileRecord]
 ) -> dict[str, Any]:
-    source, plan = prepared.source, prepared.plan
+    source, plan, windows = prepared.source, prepared.plan, prepared.windows
     results = [result for shard in plan.shards for result in staging.finished[shard.file][1]]
     context = plan.facts.context
     return {
         "source": {
             "name": source.name,
             "repository": source.repository,
+            "architecture": plan.facts.family.architecture,
             "revision": source.revision,
             "metadata": prepared.metadata,
             "files": {
@@ -242,17 +284,30 @@ def _manifest(
                 for name, record in sources.items()
             },
         },
-        "recipe": _result_keys(prepared.recipe),
-        "architecture": plan.facts.family.architecture,
-        "converted": sorted(plan.method.reads),
+        "recipe": prepared.scheme.result_keys,
+        "calibration": None if windows is None else _text(windows),
+        "architecture": plan.target.architecture,
+        "converted": sorted(plan.method.reads | plan.target.reads),
         "kv_cache": {
-            "kv_heads": [plan.facts.geometry.kv_heads, prepared.recipe.kv_heads],
+            "kv_heads": [plan.facts.geometry.kv_heads, prepared.scheme.kv_heads],
+            "kv_source_layers": list(plan.sources),
             "context": context,
             "bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
             "bytes_at_context": [plan.before.size(context), plan.after.size(context)],
         },
         "layers": sorted(results, key=lambda result: result["layer"]),
         "evaluations": [],
+    }
+
+
+def _text(windows: Windows) -> dict[str, Any]:
+    count, context = windows.tokens.shape
+    return {
+        "text": windows.text,
+        "text_sha256": windows.text_sha256,
+        "tokens_sha256": windows.tokens_sha256,
+        "samples": count,
+        "context": context,
     }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,50 +19,18 @@ import torch
 from convert.checkpoint.reader import CHUNK_BYTES, Checkpoint
 from convert.checkpoint.safetensors_header import TensorInfo
 from convert.facts import ModelFacts, check_shapes
-from convert.families import pack, tensor_names, unpack
 from convert.methods import Method
-from kvpatch.errors import InputModelError
+from convert.scheme import Scheme
+from convert.steps import Step, Steps, TensorSpec
+from convert.targets import Target
 from kvpatch.memory import KVCache
 
-__all__ = ["Fate", "Plan", "Shard", "Step", "TensorSpec", "make_plan"]
+__all__ = ["Fate", "Plan", "Shard", "make_plan"]
 
 # interpreter, torch and this package, resident: measured by benchmarks/convert.py
 RUNTIME_RAM = 270_000_000
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, dtype and shape of a tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Source tensors that become output tensors together.
-
-    Args:
-        inputs: Names in the source.
-        outputs: Tensors written, in this order.
-        layer: Decoder layer that the method converts; None where one tensor is copied or cast.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[TensorSpec, ...]
-    layer: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes written."""
-        return sum(spec.nbytes for spec in self.outputs)
+# the same with transformers, which calibration runs
+_CALIBRATION_RAM = 600_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +63,9 @@ class Plan:
     Args:
         facts: The source.
         shards: The files of the result.
-        method: What converts a layer.
+        method: What converts a unit of layers.
+        target: What the result is written as.
+        sources: For each layer the one whose keys and values it reads.
         before: KV cache of the source.
         after: KV cache of the result.
         source_bytes: Bytes of all source tensors.
@@ -105,6 +76,8 @@ class Plan:
     facts: ModelFacts
     shards: tuple[Shard, ...]
     method: Method
+    target: Target
+    sources: tuple[int, ...]
     before: KVCache
     after: KVCache
     source_bytes: int
@@ -135,115 +108,70 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint,
     facts: ModelFacts,
-    method: Method,
+    scheme: Scheme,
     *,
-    kv_heads: int,
     dtype: str | None,
     max_shard_bytes: int,
-    recipe: Mapping[str, Any],
+    windows: tuple[int, int] | None,
+    identity: Mapping[str, Any],
 ) -> Plan:
-    """Plan a conversion that keeps the model in its own stock class.
+    """Plan a conversion.
 
     Args:
         checkpoint: The open source; only its headers are used.
         facts: Its attention.
-        method: The conversion of a layer.
-        kv_heads: KV heads of each layer afterwards.
+        scheme: What is to be done.
         dtype: Name of the dtype of all floating tensors of the result; None keeps each as it is.
         max_shard_bytes: Largest weight file, unless a single step needs more.
-        recipe: What determines the result, for the plan's identity.
+        windows: Number and tokens of the calibration windows; None if nothing is calibrated.
+        identity: What determines the result beside the source, for the plan's identity.
 
     Raises:
         InputModelError: If headers contradict config.json, or hold quantised weights.
     """
     check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
     cast = getattr(torch, dtype) if dtype is not None else None
-    steps = list(_steps(checkpoint.tensors, facts, method, cast))
+    method, target, sources = scheme.method, scheme.target, scheme.sources
+    tensors = checkpoint.tensors
+    steps = list(Steps(tensors, facts, method, target, sources, cast))
+    working = max(_working_bytes(step, tensors, method) for step in steps)
+    if windows is not None:
+        working = max(
+            working, _calibration_bytes(facts, tensors, sources, scheme.kv_heads, windows)
+        )
     return Plan(
         facts=facts,
         shards=_shards(steps, max_shard_bytes),
         method=method,
+        target=target,
+        sources=sources,
         before=facts.cache(),
-        after=facts.cache(kv_heads=kv_heads, dtype=dtype),
-        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
-        peak_ram=RUNTIME_RAM + max(_working_bytes(s, checkpoint.tensors, method) for s in steps),
-        plan_id=_identity(checkpoint, recipe),
+        after=facts.cache(kv_heads=scheme.kv_heads, sources=sources, dtype=dtype),
+        source_bytes=sum(info.nbytes for info in tensors.values()),
+        peak_ram=working + (RUNTIME_RAM if windows is None else _CALIBRATION_RAM),
+        plan_id=_identity(checkpoint, identity),
     )
 
 
-def _steps(
-    tensors: Mapping[str, TensorInfo],
+def _calibration_bytes(
     facts: ModelFacts,
-    method: Method,
-    dtype: torch.dtype | None,
-) -> Iterator[Step]:
-    """Steps in the order of the source files, each at the place of its first input."""
-    layer_of = {
-        name: layer
-        for layer in range(facts.layers)
-        for name in tensor_names(facts.family, facts.geometry, layer, method.reads)
-    }
-    inputs: dict[int, list[str]] = {}
-    for name in tensors:
-        if name in layer_of:
-            inputs.setdefault(layer_of[name], []).append(name)
-    done: set[int] = set()
-    outputs: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}  # layers mostly agree
-    for name, info in tensors.items():
-        if info.dtype in _QUANTISED:
-            raise InputModelError(
-                f"{info.file}: {name!r} has dtype {info.dtype}: the weights are quantised",
-                hint="Convert the unquantised checkpoint and quantise the result.",
-            )
-        layer = layer_of.get(name)
-        if layer is None:
-            yield Step((name,), (TensorSpec(name, _cast(info.dtype, dtype), info.shape),))
-        elif layer not in done:
-            done.add(layer)
-            names = tuple(inputs[layer])
-            prefix = facts.family.layer_prefix.format(layer=layer)
-            bare = tuple(
-                TensorSpec(n.removeprefix(prefix), tensors[n].dtype, tensors[n].shape)
-                for n in names
-            )
-            if bare not in outputs:
-                outputs[bare] = _outline(bare, facts, method)
-            yield Step(
-                names,
-                tuple(
-                    TensorSpec(prefix + spec.name, _cast(spec.dtype, dtype), spec.shape)
-                    for spec in outputs[bare]
-                ),
-                layer,
-            )
-
-
-def _outline(
-    inputs: tuple[TensorSpec, ...], facts: ModelFacts, method: Method
-) -> tuple[TensorSpec, ...]:
-    """Names, shapes and dtypes that the method makes of a layer.
-
-    Each tensor is one zero, repeated. Meta tensors would do too, but their first use imports a
-    second and 75 MB of torch.
-
-    Args:
-        inputs: Tensors of a layer, named without its prefix.
-        facts: The source.
-        method: The conversion.
-    """
+    tensors: Mapping[str, TensorInfo],
+    sources: Sequence[int],
+    kv_heads: int,
+    windows: tuple[int, int],
+) -> int:
+    """Memory of calibration: two streams, a unit of layers, moments, and scores of one KV head."""
+    samples, context = windows
+    geometry, unit = facts.geometry, max(sources.count(layer) for layer in sources)
+    stream = 4 * samples * context * geometry.hidden
+    # of all readers of a KV head, and of the KV heads that are refitted side by side
+    at_once = min(kv_heads, len(os.sched_getaffinity(0)))
+    scores = 4 * samples * context**2 * (geometry.heads // kv_heads) * unit * at_once
     prefix = facts.family.layer_prefix.format(layer=0)
-    zeros = {
-        prefix + spec.name: torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in inputs
-    }
-    after = method.outline(unpack(zeros, facts.family, facts.geometry, 0))
-    return tuple(
-        TensorSpec(name.removeprefix(prefix), tensor.dtype, tuple(tensor.shape))
-        for name, tensor in pack(after, facts.family, 0).items()
-    )
-
-
-def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and own.is_floating_point else own
+    layer = 4 * sum(prod(i.shape) for n, i in tensors.items() if n.startswith(prefix))
+    embedding = 4 * max(prod(i.shape) for n, i in tensors.items() if not n.startswith(prefix))
+    squares = 8 * (2 * unit + 3) * (geometry.hidden + 1) ** 2
+    return max(embedding, (2 + unit) * layer + squares + 6 * scores) + (3 * unit + 8) * stream
 
 
 def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
@@ -261,17 +189,22 @@ def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
         Shard(
             f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors",
             # wide dtypes first keeps every tensor aligned in the file
-            tuple(sorted(file, key=lambda step: -step.outputs[0].dtype.itemsize)),
+            tuple(sorted(file, key=_width, reverse=True)),
         )
         for i, file in enumerate(files, 1)
     )
 
 
+def _width(step: Step) -> int:
+    return step.outputs[0].dtype.itemsize if step.outputs else 0
+
+
 def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method) -> int:
     """Memory of a step: chunk buffers, and for a layer its tensors before and after."""
     buffers = 6 * CHUNK_BYTES
-    if step.layer is None:
-        return buffers
+    if not step.layers:
+        whole = sum(tensors[name].nbytes for name in step.inputs) + 2 * step.nbytes
+        return buffers + (0 if step.transform is None else whole)
     target = step.outputs[0].dtype  # a cast widens what is read before it is converted
     held, results, raw = [], 0, 0
     for info in (tensors[name] for name in step.inputs):
@@ -285,16 +218,20 @@ def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method
 
 
 def _fate(info: TensorInfo, written: TensorSpec | None, step: Step) -> Fate:
-    if written is None:
-        return Fate(info.name, "drop", info.shape, None)
-    changed = "copy" if written.dtype == info.dtype else "cast"
-    return Fate(info.name, changed if step.layer is None else "convert", info.shape, written.shape)
+    if not step.layers and step.outputs:
+        (written,) = step.outputs
+        changed = "copy" if written.dtype == info.dtype else "cast"
+        return Fate(info.name, "rewrite" if step.transform else changed, info.shape, written.shape)
+    if written is not None:
+        return Fate(info.name, "convert", info.shape, written.shape)
+    elsewhere = {spec.name for spec in step.outputs} - set(step.inputs)
+    return Fate(info.name, "convert" if elsewhere else "drop", info.shape, None)
 
 
-def _identity(checkpoint: Checkpoint, recipe: Mapping[str, Any]) -> str:
-    """Hash of the recipe, the config, and the headers, sizes and times of the source's files."""
+def _identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> str:
+    """Hash of all that is given, and of the source's config, headers, file sizes and times."""
     state = {
-        "recipe": dict(recipe),
+        "recipe": dict(identity),
         "config": checkpoint.config,
         "files": {n: [f.size, f.mtime_ns] for n, f in checkpoint.files.items()},
         "tensors": [

@@ -48,14 +48,14 @@ class Merged:
     Args:
         rows: [P, E'] complex or [N, E'] real: the one that stays.
         maps: [g, P] complex or [g, N, N] real: member h is approximated by ``maps[h] * rows``.
-        total: Weighted energy of all members.
-        lost: The part of it that the approximation loses.
+        total: [g] weighted energy of each member.
+        lost: [g] the part of it that the approximation loses.
     """
 
     rows: Tensor
     maps: Tensor
-    total: float
-    lost: float
+    total: Tensor
+    lost: Tensor
 
 
 def planes_of(rope: Rope, head_dim: int) -> Planes:
@@ -97,7 +97,8 @@ def merge_complex(members: Tensor, weights: Tensor, moment: Tensor | None) -> Me
         ``rows`` [P, E'] and ``maps`` [g, P] = c, with z scaled to the mean power of the members.
     """
     weights = _floored(weights)
-    values, vectors = torch.linalg.eigh(_covariance(_weighted(members, weights), moment))
+    covariance = _covariance(_weighted(members, weights), moment)
+    values, vectors = torch.linalg.eigh(covariance)
     # an eigenvector has a free phase: the largest entry is made real and positive
     top = vectors[..., -1]
     anchor = top.gather(1, top.abs().argmax(1, keepdim=True))
@@ -105,8 +106,9 @@ def merge_complex(members: Tensor, weights: Tensor, moment: Tensor | None) -> Me
     rows = torch.einsum("gp,gpe->pe", top.conj(), _weighted(members, weights))
     maps = top / weights.sqrt()
     size = maps.abs().square().mean(0).sqrt()
-    total = values.sum().item()
-    return Merged(rows * size[:, None], maps / size, total, total - values[:, -1].sum().item())
+    total = covariance.diagonal(dim1=1, dim2=2).real.sum(0)
+    kept = top.abs().square() @ values[:, -1]
+    return Merged(rows * size[:, None], maps / size, total, total - kept)
 
 
 def merge_real(members: Tensor, metrics: Tensor, moment: Tensor | None) -> Merged:
@@ -125,15 +127,18 @@ def merge_real(members: Tensor, metrics: Tensor, moment: Tensor | None) -> Merge
     """
     count, width, _ = members.shape
     if not width:
-        return Merged(members.sum(0), metrics, 0.0, 0.0)
+        nothing = members.new_zeros(count)
+        return Merged(members.sum(0), metrics, nothing, nothing)
     roots, inverses = _roots(metrics)
     scaled = (roots @ members).flatten(0, 1)
-    values, vectors = torch.linalg.eigh(_read(scaled, moment) @ scaled.T)
+    covariance = _read(scaled, moment) @ scaled.T
+    values, vectors = torch.linalg.eigh(covariance)
     top = vectors[:, -width:].flip(1)
     top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
     maps = inverses @ top.reshape(count, width, width)
-    total = values.sum().item()
-    return Merged(top.T @ scaled, maps, total, total - values[-width:].sum().item())
+    total = covariance.diagonal().reshape(count, width).sum(1)
+    kept = (top.square() @ values[-width:].flip(0)).reshape(count, width).sum(1)
+    return Merged(top.T @ scaled, maps, total, total - kept)
 
 
 def key_covariance(heads: Tensor, weights: Tensor, moment: Tensor | None) -> Tensor:

@@ -14,7 +14,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kvpatch.errors import UsageError
 
-__all__ = ["GqaRecipe", "MqaRecipe", "Recipe", "load_recipe", "make_recipe", "parse_size"]
+__all__ = [
+    "ClaRecipe",
+    "GqaRecipe",
+    "MqaRecipe",
+    "Recipe",
+    "load_recipe",
+    "make_recipe",
+    "parse_size",
+]
 
 MAX_RECIPE_BYTES = 1_000_000
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -44,6 +52,12 @@ def _checked_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_checked_size)]
 
 
+TargetName = Literal["native", "kvpatch"]
+TARGET = Field(
+    None, description="Class of transformers or of kvpatch; the former where one holds the result."
+)
+
+
 class _Conversion(BaseModel):
     """Keys that every conversion has; each is a flag of the same name."""
 
@@ -52,7 +66,6 @@ class _Conversion(BaseModel):
     source: str = Field(description="Folder, or org/name[@revision] on the Hub.", min_length=1)
     output: str | None = Field(None, description="Folder to make; must not exist.", min_length=1)
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub source.")
-    merge: Literal["mean", "first", "svd"] = Field("mean", description="How KV heads become one.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the weights written; the source's if not given."
     )
@@ -64,13 +77,46 @@ class _Conversion(BaseModel):
     allow_nonfinite: bool = Field(False, description="Copy weights that hold NaN or infinity.")
 
 
-class GqaRecipe(_Conversion):
-    """Pool the KV heads of every layer to ``kv_heads``."""
+class _Merging(_Conversion):
+    """Keys of conversions that merge KV heads."""
 
-    method: Literal["gqa"] = "gqa"
-    kv_heads: int = Field(ge=1, description="KV heads of each layer afterwards.")
-    group: Literal["adjacent", "similar"] = Field(
-        "adjacent", description="Which KV heads become one; similar needs merge svd."
+    merge: Literal["mean", "first", "svd"] = Field("mean", description="How KV heads become one.")
+    refit: Literal["none", "q", "o", "qo"] | None = Field(
+        None,
+        description="Least squares after merging, of queries and keys (q) and of the output (o); "
+        "qo for merge svd with a calibration text, else none.",
+    )
+    calibration: str | None = Field(
+        None,
+        description="Text, jsonl or parquet file to calibrate on; none is needed.",
+        min_length=1,
+    )
+    samples: int = Field(40, ge=1, description="Calibration windows.")
+    context: int | None = Field(
+        None, ge=2, description="Tokens of a calibration window; 512 or the model's limit."
+    )
+    seed: int = Field(0, ge=0, description="Chooses the calibration windows.")
+    device: str = Field("cpu", description="Where calibration runs.", min_length=1)
+
+    @model_validator(mode="after")
+    def _calibration_is_used(self) -> Self:
+        if self.calibration is None and self.refit not in {None, "none"}:
+            raise ValueError(f"refit {self.refit} needs a calibration text")
+        if self.calibration is not None and self.merge != "svd" and self.refit in {None, "none"}:
+            raise ValueError(f"merge {self.merge} without refit makes no use of calibration")
+        return self
+
+
+Group = Literal["adjacent", "similar"]
+
+
+class _Grouping(_Merging):
+    """A key of conversions that merge several KV heads, but not all."""
+
+    group: Group | None = Field(
+        None,
+        description="Which KV heads become one; similar needs merge svd, and is its default with a "
+        "calibration text.",
     )
 
     @model_validator(mode="after")
@@ -80,10 +126,19 @@ class GqaRecipe(_Conversion):
         return self
 
 
-class MqaRecipe(_Conversion):
+class GqaRecipe(_Grouping):
+    """Pool the KV heads of every layer to ``kv_heads``."""
+
+    method: Literal["gqa"] = "gqa"
+    kv_heads: int = Field(ge=1, description="KV heads of each layer afterwards.")
+    target: TargetName | None = TARGET
+
+
+class MqaRecipe(_Merging):
     """Pool the KV heads of every layer to a single one."""
 
     method: Literal["mqa"] = "mqa"
+    target: TargetName | None = TARGET
 
     @property
     def kv_heads(self) -> int:
@@ -91,13 +146,39 @@ class MqaRecipe(_Conversion):
         return 1
 
     @property
-    def group(self) -> Literal["adjacent", "similar"]:
+    def group(self) -> Group:
         """All heads become one, so there is nothing to choose."""
         return "adjacent"
 
 
-Recipe = GqaRecipe | MqaRecipe
-_BY_METHOD: Mapping[str, type[Recipe]] = {"gqa": GqaRecipe, "mqa": MqaRecipe}
+class ClaRecipe(_Merging):
+    """Let adjacent layers share keys and values, and pool their heads if ``kv_heads`` is given."""
+
+    method: Literal["cla"] = "cla"
+    share: int = Field(ge=2, description="Layers for each set of keys and values.")
+    kv_heads: int | None = Field(
+        None, ge=1, description="KV heads afterwards; as many as before if not given."
+    )
+    layers: str = Field(
+        ":", description="Layers that take part, FIRST:END; auto chooses those that lose least."
+    )
+    match: bool = Field(
+        True, description="With merge svd: pair heads of different layers by what they lose."
+    )
+
+    @property
+    def group(self) -> Group | None:
+        """Which heads are merged: matched ones with merge svd, else those at the same place."""
+        return "similar" if self.merge == "svd" and self.match else "adjacent"
+
+    @property
+    def target(self) -> None:
+        """No stock class shares keys and values across layers."""
+        return
+
+
+Recipe = GqaRecipe | MqaRecipe | ClaRecipe
+_BY_METHOD: Mapping[str, type[Recipe]] = {"gqa": GqaRecipe, "mqa": MqaRecipe, "cla": ClaRecipe}
 
 
 def make_recipe(
@@ -128,7 +209,7 @@ def make_recipe(
         return model.model_validate(dict(values))
     except ValidationError as error:
         problems = [
-            f"{_at(where, lines.get(str(e['loc'][0])))}: {_explain(e, model)}"
+            f"{_at(where, lines.get(str(e['loc'][0]) if e['loc'] else ''))}: {_explain(e, model)}"
             for e in error.errors()
         ]
         raise UsageError("\n".join(problems)) from None
@@ -152,7 +233,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise UsageError(f"--set {override}: expected key=value")
-        plain = key in {"source", "output", "revision"}  # paths and names are no YAML
+        plain = key in {
+            "source",
+            "output",
+            "revision",
+            "calibration",
+            "layers",
+        }  # paths and names are no YAML
         values[key] = value if plain else _read_scalar(value, f"--set {override}")
         lines[key] = 0
     return make_recipe(values, where=path.name, lines=lines)
@@ -217,6 +304,8 @@ def _at(where: str, line: int | None) -> str:
 
 
 def _explain(error: Any, model: type[Recipe]) -> str:
+    if not error["loc"]:  # several keys that do not go together
+        return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, model.model_fields, n=1)

@@ -66,8 +66,16 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     Raises:
         InputModelError: If the folder was not made by kvpatch.
         OutputError: If its card was edited.
+        UsageError: If the checkpoint was calibrated on this very text, which flatters it.
     """
     manifest = check_saveable(folder)
+    calibration = manifest["calibration"]
+    if calibration is not None and calibration["text_sha256"] == evaluation["text_sha256"]:
+        raise UsageError(
+            f"{evaluation['text']} is the text that {folder} was calibrated on; a measurement on "
+            "it says too little and is not saved",
+            hint="Measure on another text, or without --save.",
+        )
     kept = [old for old in manifest["evaluations"] if _identity(old) != _identity(evaluation)]
     manifest["evaluations"] = [*kept, dict(evaluation)]
     card = write_file(folder / _CARD, render_card(manifest))

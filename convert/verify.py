@@ -172,7 +172,9 @@ def _untouched(folder: Path, source: Path) -> str:
         same = [
             name
             for name, info in new.tensors.items()
-            if name not in converted and info.dtype == old.tensors[name].dtype
+            if name not in converted
+            and name in old.tensors
+            and (info.dtype, info.shape) == (old.tensors[name].dtype, old.tensors[name].shape)
         ]
         for name in same:
             pairs = zip(new.chunks(name), old.chunks(name), strict=True)
@@ -217,7 +219,9 @@ class _Runner:
         with Checkpoint(self._folder) as checkpoint:
             facts = read_facts(checkpoint.config)
         tokens = self._ids().shape[1]
-        if any(window is not None and window <= tokens for window in facts.windows):
+        if any(
+            layer.window is not None and layer.window <= tokens for layer in facts.cache().layers
+        ):
             raise _SkippedError("windows are shorter than the probe")
         expected = _float32_cache(facts, tokens)
         held = cache_bytes(self._cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from convert.console import Console
@@ -76,8 +77,9 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "output": prepared.recipe.output,
         "method": prepared.recipe.method,
         "merge": prepared.recipe.merge,
-        "class": facts.family.architecture,
-        "kv_heads": [facts.geometry.kv_heads, prepared.recipe.kv_heads],
+        "class": plan.target.architecture,
+        "kv_heads": [facts.geometry.kv_heads, prepared.scheme.kv_heads],
+        "kv_source_layers": list(plan.sources),
         "kv_bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
         "kv_bytes_at_context": [plan.before.size(facts.context), plan.after.size(facts.context)],
         "context": facts.context,
@@ -124,6 +126,9 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
         numeric=2,
     )
     console.line("")
+    sources = data["kv_source_layers"]
+    if len(set(sources)) < len(sources):
+        console.line(f"layers that share: {_groups(sources)}")
     files = data["files"]
     count = f"{len(files)} weight files" if len(files) > 1 else "1 weight file"
     console.line(f"{count}, {format_bytes(sum(files.values()))}")
@@ -139,6 +144,12 @@ def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:
         key = (pattern, tensor["action"], _shape(tensor["before"]), after)
         groups[key] = groups.get(key, 0) + 1
     return [(key[0], key[1], str(count), *key[2:]) for key, count in groups.items()]
+
+
+def _groups(sources: Sequence[int]) -> str:
+    """Layers with one set of keys and values, ``0-1, 2, 3-5``."""
+    ends = [start for start, source in enumerate(sources) if source == start] + [len(sources)]
+    return ", ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in pairwise(ends))
 
 
 def _shape(shape: list[int]) -> str:

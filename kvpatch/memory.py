@@ -54,28 +54,29 @@ def multi_head_cache(
     kv_heads: int,
     head_dim: int,
     value_dim: int | None = None,
-    share: int = 1,
+    sources: Sequence[int] | None = None,
     windows: Sequence[int | None] | None = None,
     bytes_per_value: int = 2,
 ) -> KVCache:
-    """Cache of MHA, GQA, MQA, and of CLA where ``share`` adjacent layers use one set of KV heads.
+    """Cache of MHA, GQA, MQA, and of CLA where layers read the KV heads of another.
 
     Args:
         layers: Number of decoder layers.
         kv_heads: KV heads of a layer that has its own.
         head_dim: Width of a key head.
         value_dim: Width of a value head; ``head_dim`` if not given.
-        share: Layers per KV set; the first of each group produces it.
+        sources: For each layer the one whose keys and values it reads; None if all have their own.
         windows: Sliding window of each layer, None where a layer sees everything. A shared set is
             kept for as long as its widest reader looks back.
         bytes_per_value: Width of a stored number.
     """
     own = kv_heads * (head_dim + (head_dim if value_dim is None else value_dim))
     spans = windows if windows is not None else [None] * layers
+    read = range(layers) if sources is None else sources
     return KVCache(
         tuple(
-            LayerCache(own if i % share == 0 else 0, _widest(spans[i : i + share]))
-            for i in range(layers)
+            LayerCache(own if read[layer] == layer else 0, _longest(spans, read, layer))
+            for layer in range(layers)
         ),
         bytes_per_value,
     )
@@ -94,9 +95,11 @@ def latent_cache(
     return KVCache(tuple(LayerCache(rank + rope_dim, span) for span in spans), bytes_per_value)
 
 
-def _widest(windows: Sequence[int | None]) -> int | None:
-    limited = [window for window in windows if window is not None]
-    return max(limited) if len(limited) == len(windows) else None
+def _longest(windows: Sequence[int | None], sources: Sequence[int], layer: int) -> int | None:
+    """How far back a layer or any that reads its keys and values looks."""
+    readers = [w for w, source in zip(windows, sources, strict=True) if source == layer]
+    limited = [window for window in readers or [windows[layer]] if window is not None]
+    return max(limited) if len(limited) == max(1, len(readers)) else None
 
 
 def format_bytes(size: float) -> str:

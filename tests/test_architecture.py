@@ -20,17 +20,36 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield node.module or ""
+            assert node.level == 0 or _travels(path), "imports are absolute"
+            assert node.level <= 1, "a checkpoint is one folder"
+            package = ".".join(path.relative_to(ROOT).parts[:-1])
+            yield f"{package}.{node.module}" if node.level else node.module or ""
+
+
+def _travels(path: Path) -> bool:
+    """Whether a file is copied into checkpoints, where only its own folder can be imported."""
+    return path.parent == ROOT / "kvpatch/models" and path.stem.endswith("_kvpatch")
 
 
 def _imported_roots(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in _imports(ast.parse(path.read_text()))}
+    return {name.partition(".")[0] for name in _imports(path)}
+
+
+def _imported_at_once(path: Path) -> set[str]:
+    """Roots of what is imported with the file, and not when a function runs."""
+    names: set[str] = set()
+    for statement in ast.parse(path.read_text()).body:
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            names.add(statement.module or "")
+    return {name.partition(".")[0] for name in names}
 
 
 def _calls(path: Path) -> set[str]:
@@ -58,7 +77,7 @@ def test_mathematics_imports_torch_and_no_io(path: Path) -> None:
             "typing",
         ]
         assert _imported_roots(path) <= {*standard, "networkx", "torch", "convert"}
-        own = {n for n in _imports(ast.parse(path.read_text())) if n.startswith("convert.")}
+        own = {name for name in _imports(path) if name.startswith("convert.")}
         assert all(name.startswith(pure) for name in own)
 
 
@@ -86,6 +105,19 @@ def test_only_the_console_prints(path: Path) -> None:
 def test_triton_is_imported_only_by_kernels(path: Path) -> None:
     if not path.is_relative_to(ROOT / "kvpatch/kernels"):
         assert "triton" not in _imported_roots(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_what_need_not_be_installed_is_imported_where_it_is_used(path: Path) -> None:
+    assert not _imported_at_once(path) & {"matplotlib", "peft", "pyarrow"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if _travels(path)], ids=_name)
+def test_model_code_in_checkpoints_needs_transformers_alone(path: Path) -> None:
+    installed = _imported_roots(path) - set(sys.stdlib_module_names)
+    assert installed <= {"torch", "transformers", "kvpatch"}
+    own = {name for name in _imports(path) if name.startswith("kvpatch")}
+    assert own <= {f"kvpatch.models.{other.stem}" for other in FILES if _travels(other)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

@@ -30,30 +30,30 @@ REPEATED = {
 }
 GOLDEN = {
     "gqa_mean": {
-        "README.md": "d1cb9d1bb74ee572ea481ce050a88a7a",
+        "README.md": "1cc5326e60c82c5a4357f912bad135a4",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "874c6b64352d664bab5d039e33902416",
+        "kvpatch.json": "6890ef576f272565330c16034c4260e2",
         "model.safetensors": "7944ff970442737cfd9c26f56d64ee88",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_first": {
-        "README.md": "95dabcf2fa542d560387cde2d76f13f1",
+        "README.md": "528135c9cf6d93b6ab48b351c5014d38",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "7d468899ccad9c6ed440b3062b99be2a",
+        "kvpatch.json": "ab91bc41630ec0cb806acd4b15e14865",
         "model.safetensors": "485d108cb07b34ee5042533ca8f397d4",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "mqa": {
-        "README.md": "ac4173668f3a437fcfae05ba29aff36c",
+        "README.md": "3f25bce49051eb744f96e0186f6c67d5",
         "config.json": "b8d2065a563f42bb91870abc60b49a8e",
-        "kvpatch.json": "ccfac662024ef1c19054ddfb7540db4b",
+        "kvpatch.json": "89e64878a6eb6cb7ac6d97e13fce6053",
         "model.safetensors": "9e4ba72190185c2116d54d8125c40d63",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_shards": {
-        "README.md": "b295436bb994854287ee90d83d0b8fd2",
+        "README.md": "5c044f7dd06e3cf3a2b8c4fd694c35e3",
         "config.json": "03a3ae50ab3623d92cdd20d9cf85bd18",
-        "kvpatch.json": "6503f6bdc6c40d615bc437679e58a2be",
+        "kvpatch.json": "6a2fca0c9c0048b97763611eae00180e",
         "model-00001-of-00002.safetensors": "bf74cf5e72b73ffa64ac05d06d8da70a",
         "model-00002-of-00002.safetensors": "bebcdef0d4fa7bda237ec86c5f39d3fa",
         "model.safetensors.index.json": "345e1617ad6418afa0933646ee6def8c",

@@ -54,6 +54,21 @@ def test_benchmark_table_quotes_the_results() -> None:
     assert shown == expected
 
 
+def test_quality_table_quotes_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in _block("quality").strip().splitlines()
+    ]
+    steps = lines[0][1:]
+    for what, *cells in lines[2:]:
+        of = [row for row in rows if (row["model"], row["what"]) == ("classics-mha-6m", what)]
+        measured = {row["step"]: row["lost"] for row in of}
+        measured = {step: f"{measured[step]:.3f}" for step in steps if step in measured}
+        assert cells == [measured.get(step, "") for step in steps]
+        assert len(measured) >= 5
+
+
 def test_every_family_is_listed() -> None:
     listed = README.split("## Supported models")[1].split("\n\n")[1]
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(FAMILIES)

@@ -29,6 +29,7 @@ __all__ = ["MANIFEST", "Staging", "check_output"]
 
 MANIFEST = "kvpatch.json"
 _JOURNAL = ".journal.jsonl"
+_SCRATCH = ".scratch"
 _FORMAT = 1
 
 
@@ -118,9 +119,15 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         # nothing is worth resuming if no shard is done, or if the source is not what it was
-        if self.path.exists() and (not self.finished or isinstance(error, UntrustedSourceError)):
+        begun = self.finished or self.scratch.exists()
+        if self.path.exists() and (not begun or isinstance(error, UntrustedSourceError)):
             shutil.rmtree(self.path)
         self._drop_lock()
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for what an interrupted run wants to find again and the output does not hold."""
+        return self.path / _SCRATCH
 
     @property
     def leftovers(self) -> list[Path]:
@@ -143,6 +150,8 @@ class Staging:
         _check_replaceable(self.out, overwrite=self._overwrite)
         with full_disk_is_our_error(self.path):
             (self.path / _JOURNAL).unlink()
+            if self.scratch.exists():
+                shutil.rmtree(self.scratch)
             for folder in (*filter(Path.is_dir, self.path.rglob("*")), self.path):
                 _fsync_folder(folder)
         try:
@@ -198,7 +207,7 @@ class Staging:
             self._append({"format": _FORMAT, "kvpatch": __version__})
         for path in sorted(self.path.rglob("*"), reverse=True):
             name = str(path.relative_to(self.path))
-            if name != _JOURNAL and name not in self.finished:
+            if name not in {_JOURNAL, *self.finished} and not name.startswith(_SCRATCH):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _read_journal(self) -> None:

@@ -4,13 +4,14 @@ To add a family, add one row to ``convert/families/table.py``; the tests that ru
 table then check it against the stock transformers class.
 """
 
-from convert.families.family import Family, Projection, Windows
+from convert.families.family import Family, Only, Projection, Windows
 from convert.families.packing import pack, tensor_names, unpack
 from convert.families.table import FAMILIES, family_of
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "Only",
     "Projection",
     "Windows",
     "family_of",

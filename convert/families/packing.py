@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def tensor_names(
         family: The row of the table.
         geometry: Sizes of the layer; they count the per-head norms.
         layer: Decoder layer.
-        parts: Canonical fields: ``q``, ``k``, ``v``, ``o`` (with their biases), ``q_norm``,
-            ``k_norm``.
+        parts: Canonical fields: ``q``, ``k``, ``v``, ``o``, ``q_norm``, ``k_norm``, each with
+            its bias.
     """
     wanted = frozenset(parts)
     prefix = family.layer_prefix.format(layer=layer)
@@ -32,9 +33,9 @@ def tensor_names(
     for projection in family.projections:
         if wanted & set(projection.parts):
             names += [f"{prefix}{projection.name}.weight", f"{prefix}{projection.name}.bias"]
-    for field, heads in (("q_norm", geometry.heads), ("k_norm", geometry.kv_heads)):
-        if family.qk_norm is not None and field in wanted:
-            names += _norm_names(prefix + getattr(family, field), heads)
+    for norm in _norms(family, geometry):
+        if norm.field.removesuffix("_bias") in wanted:
+            names += [prefix + name for name in norm.names]
     return tuple(names)
 
 
@@ -46,7 +47,7 @@ def unpack(
     *,
     rope: Rope | None = None,
 ) -> AttentionLayer:
-    """Canonical form of one layer from whichever of its disk tensors are given (views, no copy).
+    """Canonical form of one layer from whichever of its disk tensors are given, as views.
 
     Args:
         tensors: Disk tensors by name; what is missing stays None in the result.
@@ -63,17 +64,11 @@ def unpack(
             fields |= _split(projection, geometry, weight, "")
         if (bias := tensors.get(f"{name}.bias")) is not None:
             fields |= _split(projection, geometry, bias, "_bias")
-    if family.qk_norm is not None:
-        for field, heads, dim in (
-            ("q_norm", geometry.heads, geometry.head_dim),
-            ("k_norm", geometry.kv_heads, geometry.head_dim),
-        ):
-            names = _norm_names(prefix + getattr(family, field), heads)
-            found = [tensors[name] for name in names if name in tensors]
-            if found:
-                whole = torch.stack(found) if len(names) > 1 else found[0]
-                shared = family.qk_norm.layout == "shared"
-                fields[field] = whole if shared else whole.reshape(heads, dim)
+    for norm in _norms(family, geometry):
+        found = [tensors[prefix + name] for name in norm.names if prefix + name in tensors]
+        if found:
+            whole = torch.stack(found) if len(norm.names) > 1 else found[0]
+            fields[norm.field] = whole.reshape(norm.shape)
     return AttentionLayer(geometry=geometry, rope=rope, **fields)
 
 
@@ -89,47 +84,76 @@ def pack(attention: AttentionLayer, family: Family, layer: int) -> dict[str, Ten
         for suffix, ending in (("", ".weight"), ("_bias", ".bias")):
             blocks = [getattr(attention, f"{part}{suffix}") for part in projection.parts]
             if all(block is not None for block in blocks):
-                joined = _join(projection, blocks, bias=bool(suffix))
+                joined = _join(projection, attention.geometry, blocks, bias=bool(suffix))
                 tensors[f"{prefix}{projection.name}{ending}"] = joined
-    if family.qk_norm is not None:
-        for field in ("q_norm", "k_norm"):
-            weight: Tensor | None = getattr(attention, field)
-            if weight is not None:
-                name = prefix + getattr(family, field)
-                tensors |= _norm_tensors(name, weight, family.qk_norm.layout == "full")
+    for norm in _norms(family, attention.geometry):
+        weight: Tensor | None = getattr(attention, norm.field)
+        if weight is not None:
+            each = weight if len(norm.names) > 1 else [weight]
+            for name, part in zip(norm.names, each, strict=True):
+                tensors[prefix + name] = part.reshape(norm.stored).clone()
     return tensors
 
 
 def _split(
     projection: Projection, geometry: Geometry, tensor: Tensor, suffix: str
 ) -> dict[str, Tensor]:
+    rows = tensor.T if projection.transposed and not suffix else tensor
     if projection.parts == ("o",):
-        heads, dim = geometry.heads, geometry.value_dim
-        return {f"o{suffix}": tensor if suffix else tensor.reshape(-1, heads, dim)}
+        shape = (-1, geometry.heads, geometry.value_dim)
+        return {f"o{suffix}": rows if suffix else rows.reshape(shape)}
+    count, rest = projection.block_count(geometry), rows.shape[1:]
+    blocks = rows.reshape(count, -1, *rest)
     fields, row = {}, 0
     for part, heads, dim in projection.spans(geometry):
-        fields[part + suffix] = tensor[row : row + heads * dim].reshape(
-            heads, dim, *tensor.shape[1:]
-        )
-        row += heads * dim
+        held = blocks[:, row : row + heads * dim // count]
+        fields[part + suffix] = held.reshape(count, -1, dim, *rest).flatten(0, 1)
+        row += held.shape[1]
     return fields
 
 
-def _join(projection: Projection, blocks: list[Tensor], *, bias: bool) -> Tensor:
+def _join(
+    projection: Projection, geometry: Geometry, blocks: list[Tensor], *, bias: bool
+) -> Tensor:
     if projection.parts == ("o",):
-        return blocks[0].contiguous() if bias else blocks[0].flatten(1).contiguous()
-    if len(blocks) == 1:
-        return blocks[0].flatten(0, 1).contiguous()
-    return torch.cat([block.flatten(0, 1) for block in blocks])
+        rows = blocks[0] if bias else blocks[0].flatten(1)
+    else:
+        count, rest = projection.block_count(geometry), blocks[0].shape[2:]
+        each = [block.reshape(count, -1, *rest) for block in blocks]
+        rows = (torch.cat(each, 1) if len(each) > 1 else each[0]).flatten(0, 1)
+    return (rows.T if projection.transposed and not bias else rows).contiguous()
 
 
-def _norm_names(template: str, heads: int) -> list[str]:
-    if "{head}" not in template:
-        return [template]
-    return [template.format(head=head) for head in range(heads)]
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """A norm weight or bias.
+
+    Args:
+        field: Canonical field.
+        shape: Its shape there.
+        names: Disk names inside a layer: one, or one for each head.
+        stored: Shape of each of them.
+    """
+
+    field: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stored: tuple[int, ...]
 
 
-def _norm_tensors(template: str, weight: Tensor, full: bool) -> dict[str, Tensor]:
-    if "{head}" in template:
-        return {template.format(head=head): row.clone() for head, row in enumerate(weight)}
-    return {template: (weight.flatten() if full else weight).contiguous()}
+def _norms(family: Family, geometry: Geometry) -> Iterator[_Norm]:
+    norm, dim = family.qk_norm, geometry.head_dim
+    if norm is None:
+        return
+    for field, template, heads in (
+        ("q_norm", family.q_norm, geometry.heads),
+        ("k_norm", family.k_norm, geometry.kv_heads),
+    ):
+        each = "{head}" in template
+        names = tuple(template.format(head=head) for head in range(heads if each else 1))
+        shape = (dim,) if norm.layout == "shared" else (heads, dim)
+        stored = (dim,) if each else (heads * dim,) if norm.layout == "full" else shape
+        yield _Norm(field, shape, names, stored)
+        if norm.formula == "layer":  # an RMS norm has no bias
+            biases = tuple(name.removesuffix("weight") + "bias" for name in names)
+            yield _Norm(f"{field}_bias", shape, biases, stored)

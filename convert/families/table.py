@@ -1,6 +1,8 @@
-"""The table: one row per model_type whose stock class has a KV-head count of its own.
+"""The table: one row per model_type.
 
-Facts are those of transformers 5.23 (configuration and modeling files of each model_type).
+The rows here are those whose stock class has a KV-head count of its own; the others are in
+``convert/families/multi_head.py``. Facts are those of transformers 5.23 (configuration and
+modeling files of each model_type).
 """
 
 from __future__ import annotations
@@ -8,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from convert.families.family import SEPARATE, Family, Projection, Windows
+from convert.families.multi_head import GPT_BIGCODE, MULTI_HEAD
+from convert.families.separate import separate
 from convert.layer import QkNorm
 from kvpatch.errors import InputModelError
+from kvpatch.models import PREFIX
 
 __all__ = ["FAMILIES", "family_of"]
 
@@ -98,6 +103,7 @@ _ROWS = (
         architecture="Gemma2ForCausalLM",
         windows=Windows("pattern", every=2),
         scale=("query_pre_attn_scalar", -0.5),
+        attention_residual="normed",
         defaults={
             "max_position_embeddings": 8192,
             "num_key_value_heads": 4,
@@ -116,6 +122,7 @@ _ROWS = (
         qk_norm=QkNorm("shared", "rms_plus_one"),
         windows=Windows("pattern", every=6, key="sliding_window_pattern"),
         scale=("query_pre_attn_scalar", -0.5),
+        attention_residual="normed",
         defaults={
             "max_position_embeddings": 131072,
             "num_key_value_heads": 4,
@@ -126,7 +133,12 @@ _ROWS = (
         },
     ),
     Family(model_type="olmo", architecture="OlmoForCausalLM"),
-    Family(model_type="olmo2", architecture="Olmo2ForCausalLM", qk_norm=_FULL_RMS),
+    Family(
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        qk_norm=_FULL_RMS,
+        attention_residual="normed",
+    ),
     Family(
         model_type="olmo3",
         architecture="Olmo3ForCausalLM",
@@ -134,6 +146,7 @@ _ROWS = (
         local_theta=500000.0,
         qk_norm=_FULL_RMS,
         windows=Windows("pattern", every=4),
+        attention_residual="normed",
         defaults={"sliding_window": 4096},
     ),
     Family(
@@ -193,7 +206,8 @@ _ROWS = (
         model_type="granite",
         architecture="GraniteForCausalLM",
         scale=("attention_multiplier", 1.0),
-        defaults={"attention_multiplier": 1.0},
+        residual_multiplier="residual_multiplier",
+        defaults={"attention_multiplier": 1.0, "residual_multiplier": 1.0},
     ),
     Family(
         model_type="smollm3",
@@ -219,6 +233,7 @@ _ROWS = (
         architecture="Glm4ForCausalLM",
         interleaved=True,
         partial=0.5,
+        attention_residual="normed",
         defaults={"max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128},
     ),
     Family(
@@ -248,7 +263,7 @@ _ROWS = (
     ),
 )
 
-FAMILIES: Mapping[str, Family] = {row.model_type: row for row in _ROWS}
+FAMILIES: Mapping[str, Family] = {row.model_type: row for row in (*_ROWS, *MULTI_HEAD)}
 
 _LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu", "minicpm3", "glm4_moe_lite")
 
@@ -261,8 +276,14 @@ def family_of(config: Mapping[str, object]) -> Family:
             latent, or not in the table.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if isinstance(model_type, str):
+        if model_type in FAMILIES:
+            return FAMILIES[model_type]
+        if model_type == GPT_BIGCODE.model_type:
+            return GPT_BIGCODE
+        stock = model_type.removeprefix(PREFIX)
+        if stock != model_type and stock in FAMILIES:
+            return separate(FAMILIES[stock])
     known = ", ".join(sorted(FAMILIES))
     how = f"Supported: {known}. To add one, add a row to convert/families/table.py."
     if not isinstance(model_type, str):

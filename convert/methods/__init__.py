@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.layer import AttentionLayer
 
-__all__ = ["Method"]
+if TYPE_CHECKING:
+    from convert.methods.merge import Inputs
+
+__all__ = ["Converted", "Method"]
+
+# the layers of a unit, and of each what the step lost, by name
+Converted = tuple[Sequence[AttentionLayer], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One conversion, as the engine sees it.
 
+    It works on units: adjacent layers that share the keys and values of the first of them. Where
+    nothing is shared, a unit is one layer.
+
     Args:
         reads: Canonical fields it needs; all other tensors pass through as bytes.
-        outline: A layer of the shapes and dtypes that ``convert`` gives, for the plan; sees
+        outline: A unit of the shapes and dtypes that ``convert`` gives, for the plan; sees
             zeros, and must be cheap.
-        convert: The layer's new form, and what the step lost, by name.
-        working_bytes: Memory that ``convert`` takes beside the layer before and after, from the
-            bytes of the layer's largest tensor.
+        convert: The unit's new form, from the unit and the second moments of its inputs, which
+            are None where nothing was calibrated.
+        working_bytes: Memory that ``convert`` takes beside the unit before and after, from the
+            bytes of the unit's largest tensor.
     """
 
     reads: frozenset[str]
-    outline: Callable[[AttentionLayer], AttentionLayer]
-    convert: Callable[[AttentionLayer], tuple[AttentionLayer, Mapping[str, Any]]]
+    outline: Callable[[Sequence[AttentionLayer]], Sequence[AttentionLayer]]
+    convert: Callable[[Sequence[AttentionLayer], Inputs | None], Converted]
     working_bytes: Callable[[int], int]

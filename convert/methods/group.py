@@ -7,7 +7,7 @@ say nothing: each head has its own basis.
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import networkx
 import torch
@@ -23,32 +23,42 @@ Group = tuple[int, ...]
 _MARGIN = 1e-9
 
 
-def adjacent(heads: int, groups: int) -> list[Group]:
-    """Neighbouring heads, as the published conversion groups them."""
+def adjacent(heads: int, groups: int, layers: int = 1) -> list[Group]:
+    """Neighbouring heads, as the published conversions group them: by their place in each layer."""
     size = heads // groups
-    return [tuple(range(start, start + size)) for start in range(0, heads, size)]
+    return [
+        tuple(
+            layer * heads + head for layer in range(layers) for head in range(start, start + size)
+        )
+        for start in range(0, heads, size)
+    ]
 
 
 def similar(moments: Moments, groups: int) -> list[Group]:
-    """Groups of equal size with little lost energy.
+    """Groups with little lost energy, with equally many members of every layer.
 
-    Pairs come from a minimum-weight perfect matching, which is exact. Groups of four, eight, ...
-    come from matching those groups again, then from swapping members while that helps. Of this and
-    the neighbours, improved likewise, the better is taken.
+    Within a layer, pairs come from a minimum-weight perfect matching, which is exact; groups of
+    four, eight, ... from matching those groups again. The groups of a further layer join those of
+    the layers before it by a minimum-weight assignment. Then members are swapped while that helps.
+    Of this and the neighbours, improved likewise, the better is taken.
 
     Args:
-        moments: What merging needs to know of the layer.
+        moments: What merging needs to know of the unit.
         groups: Their number; divides the number of KV heads.
 
     Returns:
         The groups in order of their first member, members in order.
     """
     cost = _Cost(moments)
-    heads = len(moments.key)
-    starts = [adjacent(heads, groups)]
+    heads = moments.geometry.kv_heads
+    layers = len(moments.key) // heads
+    starts = [adjacent(heads, groups, layers)]
     if (heads // groups).bit_count() == 1:
-        starts.append(_matched(cost, heads, groups))
-    found = [_swapped(cost, start) for start in starts]
+        starts.append(_matched(cost, range(heads), groups))
+        for layer in range(1, layers):
+            joining = _matched(cost, range(layer * heads, (layer + 1) * heads), groups)
+            starts[-1] = _assigned(cost, starts[-1], joining)
+    found = [_swapped(cost, start, heads) for start in starts]
     best = min(found, key=lambda candidate: sum(cost(group) for group in candidate))
     return sorted(best)
 
@@ -80,8 +90,8 @@ class _Cost:
         return self._known[group]
 
 
-def _matched(cost: _Cost, heads: int, groups: int) -> list[Group]:
-    parts: list[Group] = [(head,) for head in range(heads)]
+def _matched(cost: _Cost, members: range, groups: int) -> list[Group]:
+    parts: list[Group] = [(member,) for member in members]
     while len(parts) > groups:
         graph = networkx.Graph()
         for a, b in combinations(range(len(parts)), 2):
@@ -91,8 +101,18 @@ def _matched(cost: _Cost, heads: int, groups: int) -> list[Group]:
     return parts
 
 
-def _swapped(cost: _Cost, start: list[Group]) -> list[Group]:
-    """Swap members of two groups as long as that loses less."""
+def _assigned(cost: _Cost, parts: list[Group], joining: list[Group]) -> list[Group]:
+    """Add each of the joining groups to one of the parts."""
+    graph = networkx.Graph()
+    count = len(parts)
+    for a, b in product(range(count), range(count)):
+        graph.add_edge(a, count + b, weight=cost(parts[a] + joining[b]))
+    pairs = [sorted(pair) for pair in networkx.min_weight_matching(graph)]
+    return sorted(parts[a] + joining[b - count] for a, b in pairs)
+
+
+def _swapped(cost: _Cost, start: list[Group], heads: int) -> list[Group]:
+    """Swap members of two groups, of the same layer, as long as that loses less."""
     parts = list(start)
     improved = True
     while improved:
@@ -102,6 +122,7 @@ def _swapped(cost: _Cost, start: list[Group]) -> list[Group]:
                 (_replaced(parts[a], left, right), _replaced(parts[b], right, left))
                 for left in parts[a]
                 for right in parts[b]
+                if left // heads == right // heads
             ]
             best = min(swaps, key=lambda pair: cost(pair[0]) + cost(pair[1]))
             now = cost(parts[a]) + cost(parts[b])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from convert.layer import AttentionLayer
-from convert.methods import Method
-from convert.methods.group import adjacent, similar
-from convert.methods.merge import merge_heads, merge_values, moments_of
-from convert.methods.pool import lost_energy, mean, pool
+from convert.methods import Converted, Method
+from convert.methods.group import Group, adjacent, similar
+from convert.methods.merge import Inputs, Loss, merge_heads, merge_values, moments_of
+from convert.methods.pool import lost_energy, pool
 
 __all__ = ["Grouping", "svd_merge"]
 
@@ -19,29 +19,26 @@ Grouping = Literal["adjacent", "similar"]
 
 
 def svd_merge(*, kv_heads: int, grouping: Grouping) -> Method:
-    """Merge the KV heads of a layer without data: all inputs count as equally likely.
+    """Merge the KV heads of a unit of layers.
 
     Where queries and keys have a norm of their own, which mixing heads would change, the exact
-    subset that remains is used: neighbouring keys are averaged, values are merged.
+    subset that remains is used: neighbouring keys of the first layer are averaged, values are
+    merged.
 
     Args:
         kv_heads: KV heads of a layer afterwards.
         grouping: Neighbours, or the heads that lose least together.
     """
 
-    def convert(layer: AttentionLayer) -> tuple[AttentionLayer, Mapping[str, Any]]:
-        heads = layer.geometry.kv_heads
-        if layer.k_norm is not None:
-            return _values_only(layer, kv_heads)
-        groups = adjacent(heads, kv_heads)
-        if grouping == "similar" and 1 < kv_heads < heads:
-            groups = similar(moments_of(layer, None), kv_heads)
-        merged, losses = merge_heads(layer, groups)
-        return merged, {
-            "groups": [list(group) for group in groups],
-            "lost_energy_k": losses["k"].share,
-            "lost_energy_v": losses["v"].share,
-        }
+    def convert(layers: Sequence[AttentionLayer], inputs: Inputs | None) -> Converted:
+        heads, count = layers[0].geometry.kv_heads, len(layers)
+        groups = adjacent(heads, kv_heads, count)
+        if any(layer.k_norm is not None for layer in layers):
+            return _values_only(layers, groups, inputs)
+        if grouping == "similar" and (1 < kv_heads < heads or (count > 1 and kv_heads > 1)):
+            groups = similar(moments_of(layers, inputs), kv_heads)
+        merged, losses = merge_heads(layers, groups, inputs)
+        return merged, _results(groups, losses, count, heads)
 
     return Method(
         reads=frozenset({"q", "k", "v", "o", "q_norm", "k_norm"}),
@@ -52,14 +49,40 @@ def svd_merge(*, kv_heads: int, grouping: Grouping) -> Method:
     )
 
 
-def _values_only(layer: AttentionLayer, kv_heads: int) -> tuple[AttentionLayer, Mapping[str, Any]]:
-    groups = adjacent(layer.geometry.kv_heads, kv_heads)
-    merged, loss = merge_values(layer, groups)
+def _values_only(
+    layers: Sequence[AttentionLayer], groups: Sequence[Group], inputs: Inputs | None
+) -> Converted:
+    merged, loss = merge_values(layers, groups, inputs)
+    bare = dataclasses.replace(layers[0], v=None, v_bias=None)
+    producer = pool([bare], kv_heads=len(groups), merge="mean")[0]
+    keys = {name: getattr(producer, name) for name in ("k", "k_bias", "k_norm", "k_norm_bias")}
+    merged[0] = dataclasses.replace(merged[0], **keys)
+    assert producer.k is not None
+    lost = [lost_energy(_keys(layer), producer.k) for layer in layers]
+    results = _results(groups, {"v": loss}, len(layers), layers[0].geometry.kv_heads)
+    for result, part in zip(results, lost, strict=True):
+        result |= {"lost_energy_k": part.share, "lost_heads_k": part.shares}
+    return merged, results
+
+
+def _keys(layer: AttentionLayer) -> Any:
     assert layer.k is not None
-    keys = pool(dataclasses.replace(layer, v=None, v_bias=None), kv_heads=kv_heads, merge="mean")
-    joined = dataclasses.replace(keys, v=merged.v, v_bias=merged.v_bias, o=merged.o)
-    return joined, {
-        "groups": [list(group) for group in groups],
-        "lost_energy_k": lost_energy(layer.k, mean(layer.k, kv_heads)),
-        "lost_energy_v": loss.share,
-    }
+    return layer.k
+
+
+def _results(
+    groups: Sequence[Group], losses: Mapping[str, Loss], layers: int, heads: int
+) -> list[dict[str, Any]]:
+    """What each layer lost, and which of its heads went into each KV head."""
+    results: list[dict[str, Any]] = [
+        {
+            "groups": [
+                [member % heads for member in group if member // heads == layer] for group in groups
+            ]
+        }
+        for layer in range(layers)
+    ]
+    for part, loss in losses.items():
+        for result, own in zip(results, loss.of_layers(layers), strict=True):
+            result |= {f"lost_energy_{part}": own.share, f"lost_heads_{part}": own.shares}
+    return results

@@ -1,34 +1,67 @@
-"""The source's own stock class, with fewer KV heads."""
+"""The source's own stock class, with fewer KV heads; and config.json and index as files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-__all__ = ["edit_config", "index_json"]
+from convert.facts import ModelFacts
+from convert.targets.target import Target
+
+__all__ = ["config_json", "index_json", "same_class", "with_dtype"]
 
 
-def edit_config(config: Mapping[str, Any], *, kv_heads: int, dtype: str | None) -> bytes:
-    """The source's config.json with a new KV-head count, all other keys as they were.
+def same_class(facts: ModelFacts, *, kv_heads: int) -> Target | None:
+    """The stock class of the source; None where it cannot hold that many KV heads."""
+    family = facts.family
+    if family.gqa:
+        keys: Mapping[str, object] = {"num_key_value_heads": kv_heads}
+    elif kv_heads == 1 and family.multi_query:
+        keys = family.multi_query
+    elif kv_heads == facts.geometry.kv_heads:
+        keys = {}
+    else:
+        return None
+    return Target(
+        name="native",
+        model_type=family.model_type,
+        architecture=family.architecture,
+        family=family,
+        edit=partial(_edit, keys=keys),
+    )
+
+
+def _edit(config: Mapping[str, Any], *, keys: Mapping[str, object]) -> dict[str, Any]:
+    """The source's config.json with a few new keys, all others as they were.
 
     ``auto_map`` goes: the result loads in the stock class, and code of the source would not know
     that its heads were pooled.
+    """
+    return {key: value for key, value in config.items() if key != "auto_map"} | dict(keys)
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config.json with a new dtype of the weights, under the key that it has for it.
 
     Args:
-        config: The parsed config.json, not completed with defaults.
-        kv_heads: New ``num_key_value_heads``.
-        dtype: New dtype of the weights, if they were cast.
+        config: The parsed config.json.
+        dtype: New dtype, if they were cast.
     """
-    edited = {key: value for key, value in config.items() if key != "auto_map"}
-    edited["num_key_value_heads"] = kv_heads
+    edited = dict(config)
     if dtype is not None:
         legacy = "torch_dtype" in edited
         if legacy:
             edited["torch_dtype"] = dtype
         if "dtype" in edited or not legacy:
             edited["dtype"] = dtype
-    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+    return edited
+
+
+def config_json(config: Mapping[str, Any]) -> bytes:
+    """``config.json`` as it is written."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def index_json(weight_map: Mapping[str, str], *, parameters: int, size: int) -> bytes:

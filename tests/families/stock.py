@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.families.tiny import attention as attention_name
 from tests.families.tiny import family
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "attentions",
     "change_kv_heads",
     "full_logits",
+    "kv_fields",
     "load",
     "make",
     "random_ids",
@@ -61,6 +65,17 @@ def _widen(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    """What the integers of a table of positions become when they are divided."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def make(name: str, settings: Mapping[str, Any], *, seed: int = 0) -> Any:
     """A stock model with random weights: biases and norms too, so that each one matters."""
     config = CONFIG_MAPPING[family(name)](**settings)
@@ -69,7 +84,7 @@ def make(name: str, settings: Mapping[str, Any], *, seed: int = 0) -> Any:
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in key and key.endswith("weight"):
+            if key.endswith("weight") and ("norm" in key or weight.dim() == 1):
                 noise = 1 + 0.3 * noise
             elif key.endswith("bias"):
                 noise *= 0.3
@@ -82,13 +97,15 @@ def make(name: str, settings: Mapping[str, Any], *, seed: int = 0) -> Any:
 def load(folder: Path) -> Any:
     """The stock model of a folder in float64; fails on a missing, unexpected or mismatched key.
 
-    Runs eagerly, because fused attention and expert kernels have no such precision.
+    Runs eagerly, because fused attention and expert kernels have no such precision. Falcon does
+    not: its eager attention adds the ALiBi bias twice (transformers 5.17 to 5.23).
     """
-    with Float64():
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    with Float64(), _float64_by_default():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float64,
-            attn_implementation="eager",
+            attn_implementation="sdpa" if model_type == "falcon" else "eager",
             experts_implementation="eager",
             output_loading_info=True,
         )
@@ -105,14 +122,18 @@ def random_ids(model: Any, tokens: int = 9, *, batch: int = 2, seed: int = 1) ->
 @torch.no_grad()
 def full_logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     """Logits [B, T, vocabulary] of one forward without a cache."""
-    with Float64():
+    with Float64(), _float64_by_default():
         logits: Tensor = model(ids, use_cache=False, **inputs).logits
     return logits
 
 
 def attentions(model: Any) -> list[Any]:
     """The attention module of every layer."""
-    return [layer.self_attn for layer in model.model.layers]
+    name = attention_name(model.config.model_type)
+    return [
+        model.get_submodule(name.format(layer=layer))
+        for layer in range(model.config.num_hidden_layers)
+    ]
 
 
 @torch.no_grad()
@@ -127,9 +148,9 @@ def change_kv_heads(
         merge: What the heads of a group become: [group, ...] -> [...].
         dtype: Dtype to round the outcome to, that of the checkpoint.
     """
+    kv_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     for attention in attentions(model):
-        kv_heads = attention.config.num_key_value_heads
-        for heads in _kv_fields(attention, kv_heads):
+        for heads in kv_fields(attention, kv_heads):
             members = kv_heads // groups
             for first in range(0, kv_heads, members):
                 group = heads[first : first + members]
@@ -138,11 +159,27 @@ def change_kv_heads(
                     head.copy_(merged)
 
 
-def _kv_fields(attention: Any, kv_heads: int) -> Iterator[list[Tensor]]:
-    """Every parameter that has KV heads, as views on the heads."""
+def kv_fields(attention: Any, kv_heads: int) -> Iterator[list[Tensor]]:
+    """Every parameter of an attention module that has KV heads, as views on the heads."""
+    if hasattr(attention, "query_key_value"):  # query, key and value, head after head
+        for parameter in attention.query_key_value.parameters():
+            for part in (1, 2):
+                yield [head.chunk(3)[part] for head in parameter.chunk(kv_heads)]
+        return
+    if hasattr(attention, "c_attn"):  # a transposed weight
+        for parameter in attention.c_attn.parameters():
+            for part in parameter.chunk(3, dim=-1)[1:]:
+                yield list(part.chunk(kv_heads, dim=-1))
+        return
+    if type(attention).__name__ == "CodeGenAttention":  # queries, values and keys, four times
+        for part in (1, 2):
+            blocks = attention.qkv_proj.weight.chunk(4)
+            yield [h for block in blocks for h in block.chunk(3)[part].chunk(kv_heads // 4)]
+        return
     width = kv_heads * attention.head_dim
-    if hasattr(attention, "qkv_proj"):
-        maps = list(attention.qkv_proj.weight[-2 * width :].chunk(2))
+    fused = getattr(attention, "qkv_proj", getattr(attention, "Wqkv", None))
+    if fused is not None:
+        maps = list(fused.weight[-2 * width :].chunk(2))
     else:
         linears = (attention.k_proj, attention.v_proj)
         maps = [linear.weight for linear in linears]

@@ -30,7 +30,7 @@ from tests.families.stock import (
     make,
     random_ids,
 )
-from tests.families.tiny import MODELS, settings
+from tests.families.tiny import GROUPED, settings
 from tests.helpers import assert_close, assert_equal, load_folder
 
 _MERGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,7 +65,7 @@ def _assert_merged(
     assert float(lost) > 1e-3, "the merge changed nothing: the comparison is empty"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_pooling_to_the_same_heads_changes_nothing(
     checkpoint: Checkpoints, tmp_path: Path, name: str
 ) -> None:
@@ -75,7 +75,7 @@ def test_pooling_to_the_same_heads_changes_nothing(
     shutil.copytree(source, folder)
     for layer in range(facts.layers):
         attention = unpack(tensors, facts.family, facts.geometry, layer)
-        tensors |= pack(pool(attention, kv_heads=4, merge="mean"), facts.family, layer)
+        tensors |= pack(pool([attention], kv_heads=4, merge="mean")[0], facts.family, layer)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     one, same = load_folder(source), load_folder(folder)
     ids = random_ids(one)
@@ -84,7 +84,7 @@ def test_pooling_to_the_same_heads_changes_nothing(
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_heads_that_are_copies_merge_without_loss(
     converted: Conversions, tmp_path: Path, name: str, kv_heads: int
 ) -> None:
@@ -95,7 +95,7 @@ def test_heads_that_are_copies_merge_without_loss(
 
 
 @pytest.mark.parametrize(("kv_heads", "merge"), [(2, "mean"), (1, "mean"), (2, "first")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_result_is_the_stock_model_with_merged_heads(
     checkpoint: Checkpoints, converted: Conversions, name: str, kv_heads: int, merge: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_result_is_the_stock_model_with_merged_heads(
     _assert_merged(source, result, kv_heads, merge, torch.float32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_a_gqa_source_converts_on(
     checkpoint: Checkpoints, converted: Conversions, name: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_merged_heads_are_rounded_once_to_the_stored_dtype(
     _assert_merged(tmp_path, result, 2, "mean", dtype)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_only_the_head_count_changes_in_the_config(
     checkpoint: Checkpoints, converted: Conversions, name: str
 ) -> None:

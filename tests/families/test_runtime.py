@@ -19,11 +19,11 @@ from convert import make_recipe, prepare
 from convert.checkpoint.reader import read_json
 from convert.facts import read_facts
 from tests.families.stock import Checkpoints, Conversions, Float64, full_logits, load, random_ids
-from tests.families.tiny import MODELS
+from tests.families.tiny import GROUPED
 from tests.helpers import assert_close, load_folder
 
 # generation is slow: of each family one, with its windows and norms where it has a choice
-_EACH = [name for name in MODELS if ":" not in name or "window" in name or "norm" in name]
+_EACH = [name for name in GROUPED if ":" not in name or "window" in name or "norm" in name]
 
 # windows that alternate, and that are full within these few tokens
 _UNASSISTED = {"gemma2", "gemma3_text"}
@@ -60,7 +60,7 @@ def _generate(model: Any, ids: Tensor, **how: Any) -> list[list[int]]:
     return out.tolist()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_cached_decoding_is_the_full_forward(model: Any, name: str) -> None:
     ids = random_ids(model, 12)
     stepwise = _stepwise_logits(model, ids, DynamicCache(config=model.config))
@@ -74,7 +74,7 @@ def test_a_static_cache_gives_the_same_logits(model: Any, name: str) -> None:
     assert_close(stepwise, full_logits(model, ids), atol=1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_left_padding_changes_nothing(model: Any, name: str) -> None:
     ids, padding = random_ids(model), 3
     padded = torch.nn.functional.pad(ids, (padding, 0), value=model.config.pad_token_id)
@@ -109,7 +109,7 @@ def test_the_source_assists_its_conversion(model: Any, checkpoint: Checkpoints, 
     assert assisted == _generate(model, ids, use_cache=False)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_bytes_on_disk_are_planned(
     checkpoint: Checkpoints, converted: Conversions, name: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_bytes_on_disk_are_planned(
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_cache_bytes_are_planned(
     checkpoint: Checkpoints, converted: Conversions, name: str, kv_heads: int
 ) -> None:

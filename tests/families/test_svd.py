@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,14 +15,13 @@ from convert.checkpoint.reader import read_json
 from convert.facts import read_facts
 from convert.families import pack, unpack
 from convert.methods.svd import Grouping, svd_merge
-from convert.targets.native import edit_config
 from kvpatch.errors import UsageError
 from tests.families.stock import Checkpoints, change_kv_heads, full_logits, load, make, random_ids
-from tests.families.tiny import MODELS, settings
+from tests.families.tiny import GROUPED, settings
 from tests.helpers import assert_close
 
-_CLIPPED = [name for name in MODELS if "clip" in name]
-_FREE = [name for name in MODELS if "clip" not in name]
+_CLIPPED = [name for name in GROUPED if "clip" in name]
+_FREE = [name for name in GROUPED if "clip" not in name]
 
 
 def _merged(source: Path, out: Path, kv_heads: int, grouping: Grouping = "adjacent") -> Path:
@@ -35,9 +35,9 @@ def _merged(source: Path, out: Path, kv_heads: int, grouping: Grouping = "adjace
         attention = unpack(tensors, facts.family, facts.geometry, layer, rope=facts.ropes[layer])
         for name in pack(attention, facts.family, layer):
             del tensors[name]
-        tensors |= pack(method.convert(attention)[0], facts.family, layer)
+        tensors |= pack(method.convert([attention], None)[0][0], facts.family, layer)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_bytes(edit_config(config, kv_heads=kv_heads, dtype=None))
+    (out / "config.json").write_text(json.dumps(config | {"num_key_value_heads": kv_heads}))
     return out
 
 

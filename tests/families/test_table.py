@@ -25,6 +25,13 @@ from tests.families.tiny import MODELS, SIZES, family, settings
 _BARE = {"num_attention_heads": 960, "hidden_size": 7680, "num_hidden_layers": 8}
 _TINY = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 _TINY |= {"num_experts": 2, "num_experts_per_tok": 1}  # no other family reads them
+# what a family needs besides to be what it is, or to fit these sizes
+_NEEDS: Mapping[str, Mapping[str, Any]] = {
+    "falcon": {"alibi": True, "multi_query": False, "parallel_attn": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+}
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
 _LONG = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
@@ -132,7 +139,12 @@ def _stock(config: Mapping[str, Any]) -> Any:
 
 def _rotations(model: Any) -> list[Tensor | None]:
     """Frequencies of every layer as the stock model has them in memory; None if it has none."""
-    config, rotary = model.config, model.model.rotary_emb
+    config, rotary = model.config, getattr(model.base_model, "rotary_emb", None)
+    if hasattr(attentions(model)[0], "embed_positions"):  # sines in front, of angles up to one
+        sines = [attention.embed_positions[1].chunk(2)[0] for attention in attentions(model)]
+        return [table.asin() for table in sines]
+    if rotary is None or getattr(config, "alibi", False):
+        return [None] * config.num_hidden_layers
     rotates = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
     return [
         getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None)) if turns else None
@@ -146,10 +158,20 @@ def _layer_types(config: Any) -> list[str]:
 
 def _stock_windows(config: Any) -> tuple[int | None, ...]:
     """What the stock mask and cache code makes of a config: layer_types, else the window alone."""
+    if config.model_type == "gpt_neo":
+        return tuple(config.window_size if k == "local" else None for k in config.attention_layers)
     window = getattr(config, "sliding_window", None)
     everywhere = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     types = getattr(config, "layer_types", None) or everywhere
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _stock_scale(attention: Any) -> float:
+    """The factor on the scores, under the name that the module at hand gives it."""
+    if hasattr(attention, "scale_attn"):
+        return 1 / float(attention.scale_attn)
+    names = ("scaling", "softmax_scale", "inv_norm_factor")
+    return next((float(getattr(attention, n)) for n in names if hasattr(attention, n)), 1.0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -169,27 +191,33 @@ def test_defaults_are_those_of_the_stock_class(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_keys_mean_what_they_mean_in_transformers(model_type: str) -> None:
-    facts = read_facts({"model_type": model_type, **_BARE})
-    stock = CONFIG_MAPPING[model_type](**_BARE)
+    bare = {**_BARE, **_NEEDS.get(model_type, {})}
+    facts = read_facts({"model_type": model_type, **bare})
+    stock = CONFIG_MAPPING[model_type](**bare)
     heads, width = stock.num_attention_heads, stock.hidden_size // stock.num_attention_heads
-    assert facts.geometry.kv_heads == (stock.num_key_value_heads or heads)
+    assert facts.geometry.kv_heads == (getattr(stock, "num_key_value_heads", None) or heads)
     assert facts.geometry.head_dim == (getattr(stock, "head_dim", None) or width)
     assert facts.tied == stock.tie_word_embeddings
     assert facts.softcap == getattr(stock, "attn_logit_softcapping", None)
     assert facts.clip == getattr(stock, "clip_qkv", None)
+    assert facts.residual_multiplier == getattr(stock, "residual_multiplier", 1.0)
     assert facts.windows == _stock_windows(stock)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_context_means_what_it_means_in_transformers(model_type: str) -> None:
-    facts = read_facts({"model_type": model_type, **_BARE})
-    assert facts.context == CONFIG_MAPPING[model_type](**_BARE).max_position_embeddings
+    bare = {**_BARE, **_NEEDS.get(model_type, {})}
+    stock = CONFIG_MAPPING[model_type](**bare)
+    name = {"bloom": "seq_length", "mpt": "max_seq_len"}.get(model_type, "max_position_embeddings")
+    context = read_facts({"model_type": model_type, **bare}).context
+    assert context == getattr(stock, name, 2048)  # BLOOM has no longest sequence
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_rope_keys_mean_what_they_mean_in_transformers(model_type: str) -> None:
     # 8 layers have a layer without RoPE and a full one in every family that has such
     config = {"model_type": model_type, **_TINY, "hidden_size": 64, "num_hidden_layers": 8}
+    config |= _NEEDS.get(model_type, {})
     _assert_stock_positions(config | {"num_key_value_heads": 4})
 
 
@@ -208,14 +236,16 @@ def _assert_stock_positions(config: dict[str, Any]) -> None:
     facts, stock = read_facts(config), _stock(config)
     model = AutoModelForCausalLM.from_config(stock)
     assert facts.windows == _stock_windows(stock)
-    assert facts.scale == pytest.approx(attentions(model)[0].scaling, rel=1e-12)
+    for scale, attention in zip(facts.scales, attentions(model), strict=True):
+        assert scale == pytest.approx(_stock_scale(attention), rel=1e-12)
     types = _layer_types(stock)
     for layer, frequencies in enumerate(_rotations(model)):
         rope = facts.ropes[layer]
         if frequencies is None:
             assert rope.dim == 0
             continue
-        parameters = stock.rope_parameters.get(types[layer], stock.rope_parameters)
+        flat = getattr(stock, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+        parameters = flat.get(types[layer], flat)
         assert (rope.kind, rope.theta) == (parameters["rope_type"], parameters["rope_theta"])
         assert rope.dim == 2 * len(frequencies)
         if rope.kind == "default":
@@ -224,9 +254,71 @@ def _assert_stock_positions(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("gpt2", {"n_embd": 24, "n_head": 2, "n_layer": 3, "n_positions": 33}),
+        ("gpt2", {"n_embd": 24, "hidden_size": 36, "n_head": 2, "num_attention_heads": 3}),
+        ("gptj", {"n_embd": 24, "n_head": 2, "n_layer": 3, "n_positions": 33, "rotary_dim": 8}),
+        ("gptj", {"n_embd": 24, "n_head": 2, "rotary_dim": 8, "rope_theta": 7.0}),
+        ("codegen", {"n_embd": 96, "n_head": 4, "n_layer": 3, "rotary_dim": 8}),
+        ("gpt_neo", {"hidden_size": 24, "num_heads": 2, "num_layers": 24, "window_size": 9}),
+        ("gpt_neo", {"num_heads": 2, "num_layers": 3, "attention_types": [[["local"], 3]]}),
+        (
+            "gpt_neo",
+            {
+                "num_layers": 2,
+                "attention_layers": ["local"] * 2,
+                "attention_types": [[["global"], 2]],
+            },
+        ),
+        ("bloom", {"n_embed": 24, "hidden_size": 36, "n_head": 2, "n_layer": 3}),
+        ("bloom", {"n_embed": 24, "num_attention_heads": 3, "n_head": 2, "n_layer": 3}),
+        ("bloom", {"hidden_size": 36, "n_head": 3, "num_hidden_layers": 3, "n_layer": 2}),
+        ("mpt", {"d_model": 24, "n_heads": 2, "n_layers": 3, "max_seq_len": 33}),
+        ("mpt", {"d_model": 24, "n_heads": 2, "attn_config": {"clip_qkv": 3.0}}),
+        ("mpt", {"d_model": 24, "n_heads": 2, "attn_config": {"softmax_scale": 0.3}}),
+        ("mpt", {"d_model": 24, "n_heads": 2, "attn_config": None}),
+        (
+            "falcon",
+            {**_NEEDS["falcon"], "n_embed": 24, "hidden_size": 36, "num_attention_heads": 2},
+        ),
+        ("gpt_neox", {"hidden_size": 64, "num_attention_heads": 2, "rotary_pct": 0.5}),
+        ("gpt_neox", {"hidden_size": 64, "num_attention_heads": 2, "rotary_emb_base": 7e3}),
+        ("gpt_neox", {"hidden_size": 64, "num_attention_heads": 2, "rope_theta": 7e3}),
+        ("persimmon", {"hidden_size": 64, "num_attention_heads": 2, "rope_theta": 25e3}),
+        ("opt", {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    ],
+)
+def test_keys_go_by_the_names_of_the_stock_class(model_type: str, keys: dict[str, Any]) -> None:
+    config = {"model_type": model_type, **keys}
+    stock = _stock(config)
+    # sizes that this config.json leaves out, so that the model is small
+    small = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 9}
+    aliases = {"n_embd", "n_embed", "d_model"}, {"n_head", "n_heads", "num_heads"}
+    layers = {"n_layer", "n_layers", "num_layers"}
+    given = {
+        "hidden_size": aliases[0],
+        "num_attention_heads": aliases[1],
+        "num_hidden_layers": layers,
+    }
+    config |= {k: v for k, v in small.items() if not keys.keys() & {k, *given.get(k, ())}}
+    stock, facts = _stock(config), read_facts(config)
+    assert facts.geometry.hidden == stock.hidden_size
+    assert facts.geometry.heads == facts.geometry.kv_heads == stock.num_attention_heads
+    assert facts.layers == stock.num_hidden_layers
+    longest = ("max_position_embeddings", "max_seq_len")
+    assert facts.context in [getattr(stock, name) for name in longest if hasattr(stock, name)] or (
+        model_type == "bloom"
+    )
+    nested = getattr(stock, "attn_config", None)
+    assert facts.clip == getattr(nested, "clip_qkv", None)
+    _assert_stock_positions(config)
+
+
+@pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported"),
+        ({"model_type": "xglm"}, "'xglm' is not supported"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
         ({"model_type": "deepseek_v3"}, "deepseek_v3 caches a latent already"),
         ({"model_type": "gemma3", "text_config": {}}, "'gemma3' wraps a text model"),

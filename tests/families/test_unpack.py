@@ -15,13 +15,12 @@ from convert.facts import ModelFacts, read_facts
 from convert.families import pack, tensor_names, unpack
 from convert.layer import AttentionLayer, QkNorm, Rope
 from tests.families.stock import Checkpoints, Float64, attentions, load, random_ids
-from tests.families.tiny import LAYERS, MODELS
+from tests.families.tiny import MODELS, attention, family
 from tests.helpers import assert_close, assert_equal
 
 _PARTS = ("q", "k", "v", "o", "q_norm", "k_norm")
-# The one thing in an attention module that the canonical form leaves out: phi's norm, shared by
-# all heads, has a bias, which pooling never touches.
-_SHARED_NORM_BIASES = ("q_layernorm.bias", "k_layernorm.bias")
+# families that scale the ALiBi bias like the scores
+_SCALED_ALIBI = {"falcon"}
 
 
 def _facts(folder: Path) -> ModelFacts:
@@ -38,7 +37,7 @@ def test_packing_an_unpacked_layer_gives_all_its_tensors_back(
         on_disk = {
             key: tensor
             for key, tensor in tensors.items()
-            if key.startswith(LAYERS.format(layer=layer)) and not key.endswith(_SHARED_NORM_BIASES)
+            if key.startswith(f"{attention(family(name)).format(layer=layer)}.")
         }
         packed = pack(unpack(tensors, facts.family, facts.geometry, layer), facts.family, layer)
         assert packed.keys() == on_disk.keys()
@@ -54,34 +53,33 @@ def test_canonical_attention_is_stock_attention(checkpoint: Checkpoints, name: s
     tensors = {k: t.double() for k, t in load_file(folder / "model.safetensors").items()}
     for index, (x, expected) in enumerate(_stock_attention(model)):
         layer = unpack(tensors, facts.family, facts.geometry, index)
-        prefix = LAYERS.format(layer=index)
-        biases = [tensors.get(prefix + bias) for bias in _SHARED_NORM_BIASES]
         # float64 throughout: 1e-10 leaves room for sums in another order, and for nothing else
-        assert_close(_attention(layer, facts, index, x, biases), expected, atol=1e-10)
+        assert_close(_attention(layer, facts, index, x), expected, atol=1e-10)
 
 
+@torch.no_grad()
 def _stock_attention(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of every attention module for random tokens."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    """Input of every attention module, and output of its last linear map, for random tokens."""
+    modules = attentions(model)
+    inputs, outputs = {}, {}
 
-    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"], output[0]))
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        inputs[module] = args[0] if args else kwargs["hidden_states"]
 
-    for attention in attentions(model):
-        attention.register_forward_hook(keep, with_kwargs=True)
-    with torch.no_grad(), Float64():
+    for module in modules:
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        for child in module.children():
+            # the child that runs last leaves its output here
+            child.register_forward_hook(
+                lambda _, __, output, module=module: outputs.update({module: output})
+            )
+    with Float64():
         model(random_ids(model), use_cache=False)
-    assert len(seen) == model.config.num_hidden_layers
-    return seen
+    assert len(inputs) == len(outputs) == model.config.num_hidden_layers
+    return [(inputs[module], outputs[module]) for module in modules]
 
 
-def _attention(
-    layer: AttentionLayer,
-    facts: ModelFacts,
-    index: int,
-    x: Tensor,
-    norm_biases: list[Tensor | None],
-) -> Tensor:
+def _attention(layer: AttentionLayer, facts: ModelFacts, index: int, x: Tensor) -> Tensor:
     """Causal attention on x [B, T, E], written out from the canonical form and the facts."""
     q = _heads(layer.q, layer.q_bias, x)
     k = _heads(layer.k, layer.k_bias, x)
@@ -89,21 +87,30 @@ def _attention(
     if layer.q_norm is not None:
         norm = facts.family.qk_norm
         eps = facts.config.get("rms_norm_eps") or facts.config["layer_norm_eps"]
-        q = _normalise(q, layer.q_norm, norm, eps, norm_biases[0])
-        k = _normalise(k, layer.k_norm, norm, eps, norm_biases[1])
+        q = _normalise(q, layer.q_norm, layer.q_norm_bias, norm, eps)
+        k = _normalise(k, layer.k_norm, layer.k_norm_bias, norm, eps)
     if facts.clip is not None:
         q, k, v = (heads.clamp(-facts.clip, facts.clip) for heads in (q, k, v))
     q, k = _rotate(q, facts.ropes[index]), _rotate(k, facts.ropes[index])
     reader = torch.arange(layer.geometry.heads) // layer.geometry.group  # KV head of a query head
-    scores = facts.scale * torch.einsum("bhid,bhjd->bhij", q, k[:, reader])
+    scores = facts.scales[index] * torch.einsum("bhid,bhjd->bhij", q, k[:, reader])
     if facts.softcap is not None:
         scores = facts.softcap * torch.tanh(scores / facts.softcap)
     tokens = torch.arange(x.shape[1])
     distance = tokens[:, None] - tokens
+    if facts.family.positions == "alibi":
+        scores = scores - _alibi(facts)[:, None, None] * distance
     visible = (distance >= 0) & (distance < (facts.windows[index] or len(tokens)))
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     out = torch.einsum("bhij,bhjd,ehd->bie", weights, v[:, reader], layer.o)
     return out if layer.o_bias is None else out + layer.o_bias
+
+
+def _alibi(facts: ModelFacts) -> Tensor:
+    """Slopes [H] of arXiv:2108.12409, section 3, for a power of two of heads."""
+    heads = facts.geometry.heads
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    return slopes * (facts.scales[0] if facts.family.model_type in _SCALED_ALIBI else 1)
 
 
 def _heads(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -113,9 +120,9 @@ def _heads(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _normalise(
-    x: Tensor, weight: Tensor | None, norm: QkNorm | None, eps: float, bias: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: QkNorm | None, eps: float
 ) -> Tensor:
-    """Norm of heads [B, H, T, D] by a weight [D] or [H, D]."""
+    """Norm of heads [B, H, T, D] by a weight [D] or [H, D], and a bias [D]."""
     assert norm is not None
     assert weight is not None
     assert weight.dim() == (1 if norm.layout == "shared" else 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["LAYERS", "MODELS", "SIZES", "family", "settings"]
+__all__ = ["GROUPED", "MODELS", "SIZES", "attention", "family", "settings"]
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 97,
@@ -25,10 +25,22 @@ SIZES: Mapping[str, Any] = {
     "eos_token_id": 2,
 }
 
-# prefix of the attention modules of layer i, equal in all families so far
-LAYERS = "model.layers.{layer}.self_attn."
+# families whose class has no KV-head count, with the place of their attention modules
+_MULTI_HEAD = {
+    "gpt2": "transformer.h.{layer}.attn",
+    "gpt_neo": "transformer.h.{layer}.attn.attention",
+    "gptj": "transformer.h.{layer}.attn",
+    "codegen": "transformer.h.{layer}.attn",
+    "gpt_neox": "gpt_neox.layers.{layer}.attention",
+    "persimmon": "model.layers.{layer}.self_attn",
+    "opt": "model.decoder.layers.{layer}.self_attn",
+    "bloom": "transformer.h.{layer}.self_attention",
+    "mpt": "transformer.blocks.{layer}.attn",
+    "falcon": "transformer.h.{layer}.self_attention",
+}
 
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
 _SWITCHED_WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 
 # model name -> settings; the family is the part of the name before the colon
@@ -127,6 +139,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     },
     "granite": {"attention_multiplier": 0.4},
     "granite:bias-tied": {
+        "residual_multiplier": 0.3,
         "attention_multiplier": 0.2,
         "attention_bias": True,
         "tie_word_embeddings": True,
@@ -148,6 +161,38 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "helium:bias-tied": {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
     "ernie4_5": {"head_dim": 16},
     "ernie4_5:bias-untied": {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False},
+    "gpt2": {},
+    "gpt2:scaled-untied": {
+        "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": False,
+        "tie_word_embeddings": False,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "gptj": {"rotary_dim": 4},
+    "gptj:tied": {"rotary_dim": 12, "tie_word_embeddings": True},
+    "codegen": {"rotary_dim": 4},
+    "codegen:tied": {"num_attention_heads": 8, "rotary_dim": 4, "tie_word_embeddings": True},
+    "gpt_neox": {"hidden_size": 64},
+    "gpt_neox:sequential-nobias-tied": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 1.0},
+    },
+    "persimmon": {},
+    "persimmon:nonorm-tied": {"qk_layernorm": False, "tie_word_embeddings": True},
+    "opt": {"ffn_dim": 40},
+    "opt:nobias-untied": {"ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False},
+    "bloom": {},
+    "bloom:untied": {"tie_word_embeddings": False},
+    "mpt": {"max_seq_len": 64},
+    "mpt:clip-scale-untied": {
+        "max_seq_len": 64,
+        "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.4},
+        "tie_word_embeddings": False,
+    },
+    "falcon": {**_RW},
+    "falcon:bias-untied": {**_RW, "bias": True, "tie_word_embeddings": False},
 }
 
 
@@ -158,4 +203,15 @@ def family(name: str) -> str:
 
 def settings(name: str) -> dict[str, Any]:
     """All settings of a model in ``MODELS``, by config key."""
-    return {**SIZES, **MODELS[name]}
+    sizes = {**SIZES, **MODELS[name]}
+    if family(name) in _MULTI_HEAD:
+        del sizes["num_key_value_heads"]
+    return sizes
+
+
+def attention(model_type: str) -> str:
+    """Name of the attention module of layer ``{layer}``."""
+    return _MULTI_HEAD.get(model_type, "model.layers.{layer}.self_attn")
+
+
+GROUPED = tuple(name for name in MODELS if family(name) not in _MULTI_HEAD)

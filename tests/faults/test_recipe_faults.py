@@ -102,9 +102,9 @@ def test_explicit_tag_is_refused(tmp_path: Path, good: str, value: str) -> None:
         ("kv_heads: 2", "kv_heads: " + "9" * 5000, "5000 digits"),
         ("kv_heads: 2", f"kv_heads: {10**30}", f"--kv-heads {10**30} does not work"),
         ("kv_heads: 2", "", "recipe.yaml: key 'kv_heads' is missing"),
-        ("method: gqa", "", "recipe.yaml: method must be one of gqa, mqa, found None"),
-        ("method: gqa", "method: mla", ":1: method must be one of gqa, mqa, found 'mla'"),
-        ("method: gqa", "method: [gqa]", ":1: method must be one of gqa, mqa, found ['gqa']"),
+        ("method: gqa", "", "recipe.yaml: method must be one of gqa, mqa, cla, found None"),
+        ("method: gqa", "method: mla", ":1: method must be one of gqa, mqa, cla, found 'mla'"),
+        ("method: gqa", "method: [gqa]", ":1: method must be one of gqa, mqa, cla, found ['gqa']"),
         ("method: gqa", "method: mqa", ":4: unknown key 'kv_heads'"),
         ("method: gqa", "source: x\nmethod: gqa", ":3: key 'source' stands there twice"),
     ],
@@ -183,7 +183,8 @@ def test_output_is_missing(tmp_path: Path, good: str) -> None:
         ("kv_heads=[", ("--set kv_heads=[",)),
         ("merge=!!python/name:os.system", ("--set", "python/name:os.system")),
         ("merge=*x", ("--set", "anchors and aliases")),
-        ("method=cla", ("--set", "method must be one of gqa, mqa, found 'cla'")),
+        ("method=mla", ("--set", "method must be one of gqa, mqa, cla, found 'mla'")),
+        ("method=cla", ("recipe.yaml: key 'share' is missing",)),
     ],
 )
 def test_bad_override(tmp_path: Path, good: str, item: str, facts: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def convert_while(source: Path, out: Path, act: Callable[[], None], **keys: obje
     """Convert, and call ``act`` once, when the first bytes have been written."""
     pending = [act]
 
-    def progress(done: int, total: int) -> None:
+    def progress(stage: str, amount: int, total: int) -> None:
         if pending:
             pending.pop()()
 

@@ -31,14 +31,16 @@ def test_multi_head_cache_is_keys_and_values_of_every_layer_head_and_token() -> 
 
 @pytest.mark.parametrize(("share", "producers"), [(1, 7), (2, 4), (3, 3), (7, 1)])
 def test_shared_layers_store_nothing(share: int, producers: int) -> None:
-    cache = multi_head_cache(layers=7, kv_heads=2, head_dim=4, share=share)
+    sources = [layer - layer % share for layer in range(7)]
+    cache = multi_head_cache(layers=7, kv_heads=2, head_dim=4, sources=sources)
     assert cache.bytes_per_token == producers * 2 * (4 + 4) * 2
     assert cache.layers[0].values > 0
 
 
 def test_a_shared_set_is_kept_for_its_widest_reader() -> None:
     windows = [4, None, 4, 8, 4]
-    cache = multi_head_cache(layers=5, kv_heads=1, head_dim=1, share=2, windows=windows)
+    sources = [0, 0, 2, 2, 4]
+    cache = multi_head_cache(layers=5, kv_heads=1, head_dim=1, sources=sources, windows=windows)
     assert [layer.window for layer in cache.layers if layer.values] == [None, 8, 4]
     assert cache.size(100) == 2 * 2 * (100 + 8 + 4)
 

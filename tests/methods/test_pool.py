@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convert.layer import AttentionLayer, Geometry
-from convert.methods.pool import MERGES, Merge, first, lost_energy, mean, pool, pooling
+from convert.layer import AttentionLayer, Geometry, Rope
+from convert.methods.group import adjacent
+from convert.methods.merge import merge_heads
+from convert.methods.pool import (
+    MERGES,
+    Merge,
+    best_keys,
+    first,
+    lost_energy,
+    mean,
+    pool,
+    pooling,
+)
 from tests.helpers import assert_equal
+from tests.methods.layers import Shape, random_layer
 
 unhurried = settings(deadline=None)  # a busy machine is no fault
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,7 +75,7 @@ def test_mean_is_the_exact_mean_rounded_once(
     # could change the result
     expected = [[float(value) for value in row] for row in exact_means(rows, kv_heads)]
     expected_tensor = torch.tensor(expected, dtype=torch.float64).to(dtype)
-    assert_equal(mean(torch.tensor(rows, dtype=dtype), kv_heads), expected_tensor)
+    assert_equal(mean([torch.tensor(rows, dtype=dtype)], kv_heads), expected_tensor)
 
 
 def finite(dtype: torch.dtype) -> st.SearchStrategy[float]:
@@ -84,7 +97,7 @@ def test_mean_of_copies_is_the_copy(dtype: torch.dtype, data: st.DataObject) -> 
     group, heads = data.draw(st.integers(1, 128)), data.draw(st.integers(1, 3))
     rows = data.draw(st.lists(finite(dtype), min_size=heads, max_size=heads))
     distinct = torch.tensor(rows, dtype=torch.float64).to(dtype)[:, None]
-    assert_equal(mean(distinct.repeat_interleave(group, 0), heads), distinct)
+    assert_equal(mean([distinct.repeat_interleave(group, 0)], heads), distinct)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +107,7 @@ def test_mean_never_leaves_the_range_of_its_group(dtype: torch.dtype, data: st.D
     # holds whatever is drawn: the ends are representable, and rounding is monotone
     values = data.draw(st.lists(finite(dtype), min_size=1, max_size=64))
     heads = torch.tensor(values, dtype=torch.float64).to(dtype)[:, None]
-    (pooled,) = mean(heads, 1).flatten()
+    (pooled,) = mean([heads], 1).flatten()
     assert heads.min() <= pooled <= heads.max()
 
 
@@ -105,7 +118,7 @@ def test_groups_of_one_stay_as_they_are(
     merge: Merge, grid: tuple[list[list[int]], int], dtype: torch.dtype
 ) -> None:
     heads = torch.tensor(grid[0], dtype=dtype)
-    assert_equal(MERGES[merge](heads, len(heads)), heads)
+    assert_equal(MERGES[merge]([heads], len(heads)), heads)
 
 
 @unhurried
@@ -113,7 +126,7 @@ def test_groups_of_one_stay_as_they_are(
 def test_first_picks_the_first_head_of_each_group(grid: tuple[list[list[int]], int]) -> None:
     rows, kv_heads = grid
     expected = [members[0] for members in groups_of(rows, kv_heads)]
-    pooled = first(torch.tensor(rows, dtype=torch.float32), kv_heads)
+    pooled = first([torch.tensor(rows, dtype=torch.float32)], kv_heads)
     assert pooled.tolist() == expected
     assert pooled.is_contiguous()
 
@@ -129,16 +142,25 @@ def test_pooling_is_linear(
     # groups of a power of two keep every mean exact, so linearity is equality
     a, b = (torch.tensor(values, dtype=torch.float32) for values in (rows, other))
     merged = MERGES[merge]
-    assert_equal(merged(a + 2 * b, kv_heads), merged(a, kv_heads) + 2 * merged(b, kv_heads))
+    sum_of_merges = merged([a], kv_heads) + 2 * merged([b], kv_heads)
+    assert_equal(merged([a + 2 * b], kv_heads), sum_of_merges)
 
 
-def exact_lost_energy(rows: list[list[int]], pooled: list[list[Fraction]]) -> float:
-    lost = total = Fraction(0)
-    for members, merged in zip(groups_of(rows, len(pooled)), pooled, strict=True):
-        for row in members:
-            lost += sum((x - y) ** 2 for x, y in zip(row, merged, strict=True))
-            total += sum(x * x for x in row)
-    return float(lost / total) if total else 0.0
+def exact_losses(rows: list[list[int]], pooled: list[list[Fraction]]) -> list[tuple[Fraction, Any]]:
+    """Total and lost energy of each head."""
+    return [
+        (
+            Fraction(sum(x * x for x in row)),
+            sum((x - y) ** 2 for x, y in zip(row, merged, strict=True)),
+        )
+        for members, merged in zip(groups_of(rows, len(pooled)), pooled, strict=True)
+        for row in members
+    ]
+
+
+def exact_share(losses: Sequence[tuple[Fraction, Any]]) -> float:
+    total = sum(part for part, _ in losses)
+    return float(sum(lost for _, lost in losses) / total) if total else 0.0
 
 
 @unhurried
@@ -149,10 +171,15 @@ def test_lost_energy_is_that_of_the_definition(
     rows, kv_heads = grid
     # at most 160 squares below 2**16: sums stay under 2**24 and are exact in float32
     pooled = data.draw(_rows(kv_heads, len(rows[0]), integers))
-    expected = exact_lost_energy(rows, [[Fraction(x) for x in row] for row in pooled])
+    expected = exact_losses(rows, [[Fraction(x) for x in row] for row in pooled])
     heads, merged = (torch.tensor(values, dtype=dtype) for values in (rows, pooled))
-    assert lost_energy(heads, merged) == expected
-    assert lost_energy(heads / 4096, merged / 4096) == expected  # a share: the unit cancels
+    loss = lost_energy(heads, merged)
+    assert loss.total.tolist() == [float(total) for total, _ in expected]
+    assert loss.lost.tolist() == [float(lost) for _, lost in expected]
+    assert loss.share == exact_share(expected)
+    assert loss.shares == [exact_share([head]) for head in expected]
+    # a share: the unit cancels
+    assert lost_energy(heads / 4096, merged / 4096).share == loss.share
 
 
 @unhurried
@@ -160,31 +187,31 @@ def test_lost_energy_is_that_of_the_definition(
 def test_mean_loses_least_and_never_more_than_all(grid: tuple[list[list[int]], int]) -> None:
     rows, kv_heads = grid
     heads = torch.tensor(rows, dtype=torch.float32)
-    pooled = mean(heads, kv_heads)
-    lost = lost_energy(heads, pooled)
-    assert lost == exact_lost_energy(rows, exact_means(rows, kv_heads))
+    lost = lost_energy(heads, mean([heads], kv_heads)).share
+    assert lost == exact_share(exact_losses(rows, exact_means(rows, kv_heads)))
     assert 0 <= lost <= 1
-    assert lost <= lost_energy(heads, first(heads, kv_heads))
+    assert lost <= lost_energy(heads, first([heads], kv_heads)).share
 
 
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_unrelated_heads_keep_one_part_in_their_number(group: int) -> None:
     heads = torch.eye(2 * group)
-    assert lost_energy(heads, mean(heads, 2)) == (group - 1) / group
+    assert lost_energy(heads, mean([heads], 2)).share == (group - 1) / group
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_heads_lose_nothing(dtype: torch.dtype) -> None:
     heads = torch.zeros(4, 3, dtype=dtype)
-    assert lost_energy(heads, mean(heads, 2)) == 0.0
+    loss = lost_energy(heads, mean([heads], 2))
+    assert loss.share == 0.0
+    assert loss.shares == [0.0] * 4
 
 
 def _numbers(*shape: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + math.prod(shape), dtype=torch.float32).reshape(shape)
 
 
-@pytest.fixture
-def layer() -> AttentionLayer:
+def _layer(start: int = 0) -> AttentionLayer:
     """H 8, Hkv 4, D 2, Dv 3, E 5; every field is there and every number is another."""
     shapes = {
         "q": (8, 2, 5),
@@ -197,34 +224,75 @@ def layer() -> AttentionLayer:
         "o_bias": (5,),
         "q_norm": (8, 2),
         "k_norm": (4, 2),
+        "k_norm_bias": (4, 2),
     }
     fields = {
-        name: _numbers(*shape, start=100 * i) for i, (name, shape) in enumerate(shapes.items())
+        name: _numbers(*shape, start=start + 100 * i)
+        for i, (name, shape) in enumerate(shapes.items())
     }
     geometry = Geometry(hidden=5, heads=8, kv_heads=4, head_dim=2, value_dim=3)
     return AttentionLayer(geometry=geometry, **fields)
 
 
+@pytest.fixture
+def layer() -> AttentionLayer:
+    return _layer()
+
+
+KV_FIELDS = ("k", "v", "k_bias", "v_bias", "k_norm", "k_norm_bias")
+OTHERS = ("q", "o", "q_bias", "o_bias", "q_norm")
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_pool_merges_every_kv_field_and_nothing_else(layer: AttentionLayer, kv_heads: int) -> None:
-    pooled = pool(layer, kv_heads=kv_heads, merge="mean")
+    (pooled,) = pool([layer], kv_heads=kv_heads, merge="mean")
     assert pooled.geometry == dataclasses.replace(layer.geometry, kv_heads=kv_heads)
-    for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
+    for name in KV_FIELDS:
         heads = getattr(layer, name)
         expected = torch.stack([sum(part) / len(part) for part in heads.chunk(kv_heads)])
         assert_equal(getattr(pooled, name), expected)
-    for name in ("q", "o", "q_bias", "o_bias", "q_norm"):
+    for name in OTHERS:
         assert getattr(pooled, name) is getattr(layer, name)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("merge", MERGES)
+def test_layers_that_share_have_the_keys_and_values_of_the_first(
+    merge: Merge, kv_heads: int
+) -> None:
+    # multiples of a power of two, and four layers: every mean is exact
+    layers = [_layer(start=1024 * index) for index in range(4)]
+    pooled = pool(layers, kv_heads=kv_heads, merge=merge)
+    for name in KV_FIELDS:
+        grouped = [getattr(item, name).chunk(kv_heads) for item in layers]
+        expected = [
+            torch.cat([of_layer[group] for of_layer in grouped]).mean(0)
+            if merge == "mean"
+            else grouped[0][group][0]
+            for group in range(kv_heads)
+        ]
+        assert_equal(getattr(pooled[0], name), torch.stack(expected))
+        assert all(getattr(consumer, name) is None for consumer in pooled[1:])
+    for before, after in zip(layers, pooled, strict=True):
+        assert after.geometry == dataclasses.replace(before.geometry, kv_heads=kv_heads)
+        assert all(getattr(after, name) is getattr(before, name) for name in OTHERS)
 
 
 def test_norm_that_the_heads_share_stays(layer: AttentionLayer) -> None:
     shared = dataclasses.replace(layer, k_norm=_numbers(2))
-    assert pool(shared, kv_heads=1, merge="mean").k_norm is shared.k_norm
+    assert_equal(pool([shared], kv_heads=1, merge="mean")[0].k_norm, _numbers(2))
+
+
+def test_norms_that_the_heads_of_each_layer_share_become_their_mean(layer: AttentionLayer) -> None:
+    norms = [_numbers(2, start=start) for start in (0, 6)]
+    layers = [dataclasses.replace(layer, k_norm=norm) for norm in norms]
+    assert_equal(pool(layers, kv_heads=2, merge="mean")[0].k_norm, _numbers(2, start=3))
+    assert_equal(pool(layers, kv_heads=2, merge="first")[0].k_norm, norms[0])
 
 
 def test_fields_that_are_not_there_stay_away(layer: AttentionLayer) -> None:
     bare = AttentionLayer(geometry=layer.geometry, k=layer.k, v=layer.v)
-    pooled = pool(bare, kv_heads=2, merge="first")
+    (pooled,) = pool([bare], kv_heads=2, merge="first")
     present = {
         field.name
         for field in dataclasses.fields(pooled)
@@ -236,20 +304,56 @@ def test_fields_that_are_not_there_stay_away(layer: AttentionLayer) -> None:
 @pytest.mark.parametrize("kv_heads", [0, -1, 3, 8])
 def test_heads_that_do_not_divide(layer: AttentionLayer, kv_heads: int) -> None:
     with pytest.raises(ValueError, match=f"{kv_heads} KV heads do not divide 4"):
-        pool(layer, kv_heads=kv_heads, merge="mean")
+        pool([layer], kv_heads=kv_heads, merge="mean")
 
 
-def test_method_reads_what_it_changes_and_measures_keys_and_values(layer: AttentionLayer) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_method_reads_what_it_changes_and_measures_keys_and_values(count: int) -> None:
+    layers = [_layer(start=1000 * index) for index in range(count)]
     method = pooling(kv_heads=1, merge="mean")
-    pooled, measured = method.convert(layer)
-    changed = {name for name in "qkvo" if getattr(pooled, name) is not getattr(layer, name)}
-    assert changed <= method.reads
-    outline = method.outline(layer)
-    for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
-        assert getattr(outline, name).shape == getattr(pooled, name).shape
+    pooled, measured = method.convert(layers, None)
+    for before, after, outline in zip(layers, pooled, method.outline(layers), strict=True):
+        changed = {name for name in "qkvo" if getattr(after, name) is not getattr(before, name)}
+        assert changed <= method.reads
+        for name in KV_FIELDS:
+            expected, found = getattr(after, name), getattr(outline, name)
+            assert (None if found is None else found.shape) == (
+                None if expected is None else expected.shape
+            )
     for part in "kv":
-        heads = getattr(layer, part).double()
-        spread = heads - heads.mean(0)
-        expected = float(spread.square().sum() / heads.square().sum())
-        # the integers are exact, their means are not: a few roundings in float64
-        assert measured[f"lost_energy_{part}"] == pytest.approx(expected, rel=1e-6)
+        of_layers = torch.stack([getattr(layer, part) for layer in layers]).double()
+        spread = (of_layers - of_layers.mean((0, 1))).square().flatten(2).sum(2)
+        power = of_layers.square().flatten(2).sum(2)
+        for layer, result in enumerate(measured):
+            # the integers are exact, their means are not: a few roundings in float64
+            share = float(spread[layer].sum() / power[layer].sum())
+            assert result[f"lost_energy_{part}"] == pytest.approx(share, rel=1e-6)
+            shares = (spread[layer] / power[layer]).tolist()
+            assert result[f"lost_heads_{part}"] == pytest.approx(shares, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dim", "interleaved"), [(0, False), (4, False), (4, True), (6, False), (6, True)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_best_keys_lose_what_the_merge_loses_where_all_weigh_alike(
+    dim: int, interleaved: bool, count: int, kv_heads: int
+) -> None:
+    """Queries that look for every direction alike weigh all planes and all other dims alike."""
+    shape = Shape(kv_heads=4, group=1, head_dim=6, rope_dim=dim, interleaved=interleaved, hidden=9)
+    layers = [random_layer(shape, seed=seed) for seed in range(count)]
+    groups = adjacent(4, kv_heads, count)
+    rows = torch.eye(6, 9, dtype=torch.float64)
+    rows[:dim] *= 0.5**0.5  # the energies of the two dims of a plane add up to that of another
+    alike = [dataclasses.replace(layer, q=rows.expand(4, -1, -1)) for layer in layers]
+    expected = merge_heads(alike, groups)[1]["k"].share
+    # the merge lifts its weights by 1e-12 of themselves
+    assert best_keys(layers, groups) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_best_keys_of_normed_keys_are_unknown(layer: AttentionLayer) -> None:
+    rope = Rope(dim=2, interleaved=False, theta=1e4)
+    assert best_keys([dataclasses.replace(layer, rope=rope)], adjacent(4, 2)) is None
+    normless = dataclasses.replace(layer, rope=rope, k_norm=None, k_norm_bias=None)
+    assert best_keys([normless], adjacent(4, 2)) is not None

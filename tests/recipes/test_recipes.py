@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from convert.cli import app
-from convert.recipe import GqaRecipe, MqaRecipe, Recipe, load_recipe
+from convert.recipe import ClaRecipe, GqaRecipe, MqaRecipe, Recipe, load_recipe
 from kvpatch.errors import UsageError
 from tests.recipes.shapes import ITEM_BYTES, PUBLISHED, PublishedModel, write_headers_only
 
@@ -188,23 +188,37 @@ def readme_keys() -> dict[str, str]:
     return dict(rows)
 
 
-@pytest.mark.parametrize("model", [GqaRecipe, MqaRecipe], ids=["gqa", "mqa"])
-def test_readme_explains_every_key(model: type[Recipe]) -> None:
-    only_gqa = set() if model is GqaRecipe else {"group", "kv_heads"}
-    assert readme_keys().keys() - only_gqa == model.model_fields.keys()
+_MODELS: tuple[type[Recipe], ...] = (GqaRecipe, MqaRecipe, ClaRecipe)
+_KEYS = sorted({key for model in _MODELS for key in model.model_fields})
 
 
-@pytest.mark.parametrize("key", sorted(GqaRecipe.model_fields))
+def test_readme_explains_every_key() -> None:
+    assert sorted(readme_keys()) == _KEYS
+
+
+@pytest.mark.parametrize("key", _KEYS)
+def test_readme_says_which_methods_have_a_key(key: str) -> None:
+    having = [model for model in _MODELS if key in model.model_fields]
+    methods = " and ".join(f"`{model.model_fields['method'].default}`" for model in having)
+    (row,) = re.findall(rf"^\| `{key}` \|.*$", README.partition("## Keys")[2], re.MULTILINE)
+    said = re.findall(r"Only for ([^.]+)\.", row)
+    assert said == ([] if len(having) == len(_MODELS) else [methods])
+
+
+@pytest.mark.parametrize("key", _KEYS)
 def test_readme_gives_the_default(key: str) -> None:
-    field = GqaRecipe.model_fields[key]
+    defaults = {_default(key, model) for model in _MODELS if key in model.model_fields}
+    assert readme_keys()[key] in defaults
+
+
+def _default(key: str, model: type[Recipe]) -> str:
+    field = model.model_fields[key]
     if field.is_required() or key == "method":  # without its method a recipe is refused
-        expected = "required"
-    elif field.default is None:
-        expected = "the source's" if key == "dtype" else "none"
-    else:
-        value = field.default
-        expected = f"`{value if isinstance(value, str) else json.dumps(value)}`"
-    assert readme_keys()[key] == expected
+        return "required"
+    if field.default is None:
+        return "the source's" if key == "dtype" else "none"
+    value = field.default
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def test_method_is_required(tmp_path: Path) -> None:

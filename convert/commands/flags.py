@@ -9,7 +9,10 @@ import typer
 __all__ = [
     "AllowNonfinite",
     "AllowPickle",
+    "CalibrationText",
+    "Context",
     "Debug",
+    "Device",
     "DryRun",
     "Dtype",
     "Json",
@@ -18,10 +21,14 @@ __all__ = [
     "Output",
     "Overwrite",
     "Quiet",
+    "Refit",
     "Resume",
     "Revision",
+    "Samples",
+    "Seed",
     "ShardSize",
     "Source",
+    "TargetClass",
     "Verbose",
 ]
 
@@ -30,6 +37,23 @@ Source = Annotated[
 ]
 Output = Annotated[str, typer.Argument(metavar="OUT", help="Folder to make; must not exist.")]
 Merge = Annotated[str, typer.Option(help="How KV heads become one: mean, first or svd.")]
+Refit = Annotated[
+    str | None,
+    typer.Option(help="Least squares after merging: none, q, o or qo; qo with --merge svd."),
+]
+CalibrationText = Annotated[
+    str | None, typer.Option("--calibration", help="Text, jsonl or parquet file to calibrate on.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Context = Annotated[int | None, typer.Option(help="Tokens of a calibration window; default 512.")]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
+Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda, cuda:1, ...")]
+TargetClass = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="Class to write: native (of transformers, where one fits) or kvpatch."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Dtype = Annotated[
     str | None,

@@ -1,0 +1,84 @@
+"""Choosing which neighbours share keys and values, by what each group would lose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint.reader import Checkpoint
+from convert.decoder import Decoder
+from convert.execute import read_layer
+from convert.facts import ModelFacts
+from convert.families import tensor_names
+from convert.layer import AttentionLayer
+from convert.methods import Method
+from convert.methods.fitting import second_moments
+from convert.sharing import best_plan, groups_up_to
+from kvpatch.errors import UsageError
+
+__all__ = ["choose_plan"]
+
+
+@torch.no_grad()
+def choose_plan(
+    checkpoint: Checkpoint,
+    facts: ModelFacts,
+    method: Method,
+    *,
+    share: int,
+    tokens: Tensor | None,
+    device: str,
+) -> tuple[int, ...]:
+    """The sharing plan that loses least with as many producers as a uniform plan would have.
+
+    A group may have up to ``2 * share`` layers, so that others can be left alone. Its loss is what
+    the method says that its layers lose together, as shares of key and value energy.
+
+    Args:
+        checkpoint: The open source; the attention of a few layers at a time is read.
+        facts: Its attention.
+        method: The conversion of a unit of layers.
+        share: Layers for each set of keys and values, on average.
+        tokens: [N, T] calibration windows, for the moments of the layers' inputs; None takes them
+            as equal and white.
+        device: Where calibration runs.
+
+    Raises:
+        UsageError: If the model's layers differ too much to share that often.
+        InputModelError: If attention weights hold NaN or infinity.
+    """
+    groups = groups_up_to(facts, min(2 * share, facts.layers))
+    if not groups:
+        raise UsageError(
+            "no two adjacent layers of this model are of one kind, so none can share",
+            hint="Merge the heads inside its layers: kvpatch gqa.",
+        )
+    decoder = None
+    if tokens is not None:
+        decoder = Decoder(checkpoint, facts, context=tokens.shape[1], device=device)
+        stream = decoder.embed(tokens)
+    layers: dict[int, AttentionLayer] = {}
+    inputs: dict[int, Tensor] = {}
+    losses: dict[tuple[int, int], float] = {}
+    for layer in range(facts.layers):
+        layers[layer] = _read(checkpoint, facts, method, layer)
+        if decoder is not None:
+            with decoder.block(layer) as block:
+                stream, inputs[layer], _ = block.run_all(stream)
+        for start, end in [*groups, (layer, layer + 1)]:
+            if end == layer + 1:
+                members = range(start, end)
+                moments = second_moments([inputs[m] for m in members]) if inputs else None
+                _, results = method.convert([layers[m] for m in members], moments)
+                losses[start, end] = sum(
+                    result["lost_energy_k"] + result["lost_energy_v"] for result in results
+                )
+        for held in (layers, inputs):
+            held.pop(layer + 1 - 2 * share, None)
+    return best_plan(facts, losses, -(-facts.layers // share))
+
+
+def _read(checkpoint: Checkpoint, facts: ModelFacts, method: Method, layer: int) -> AttentionLayer:
+    names = tensor_names(facts.family, facts.geometry, layer, method.reads)
+    stored = [name for name in names if name in checkpoint.tensors]
+    return read_layer(checkpoint, facts, layer, stored)[0]

@@ -1,0 +1,224 @@
+"""Commands that convert. Their flags are the keys of a recipe, so each makes one and runs it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convert.commands.boundary import command
+from convert.commands.flags import (
+    AllowNonfinite,
+    AllowPickle,
+    CalibrationText,
+    Context,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    MaxRam,
+    Merge,
+    Output,
+    Overwrite,
+    Quiet,
+    Refit,
+    Resume,
+    Revision,
+    Samples,
+    Seed,
+    ShardSize,
+    Source,
+    TargetClass,
+    Verbose,
+)
+from convert.console import Console
+
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
+
+__all__ = ["cla", "gqa", "mqa", "run"]
+
+
+@command
+def gqa(
+    source: Source,
+    output: Output,
+    kv_heads: Annotated[int, typer.Option(help="KV heads of each layer afterwards.")],
+    merge: Merge = "mean",
+    group: Annotated[
+        str | None,
+        typer.Option(help="Which heads become one: adjacent, or similar with --merge svd."),
+    ] = None,
+    refit: Refit = None,
+    calibration: CalibrationText = None,
+    samples: Samples = 40,
+    context: Context = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    target: TargetClass = None,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Pool the KV heads of every layer into fewer (grouped-query attention).
+
+    \b
+    Examples:
+        kvpatch gqa meta-llama/Llama-2-7b-hf ./llama-2-7b-gqa8 --kv-heads 8
+        kvpatch gqa ./llama-2-7b ./out --kv-heads 8 --merge svd --calibration train.txt
+    """
+    _convert(_recipe("gqa", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+@command
+def mqa(
+    source: Source,
+    output: Output,
+    merge: Merge = "mean",
+    refit: Refit = None,
+    calibration: CalibrationText = None,
+    samples: Samples = 40,
+    context: Context = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    target: TargetClass = None,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Pool the KV heads of every layer into one (multi-query attention).
+
+    \b
+    Example:
+        kvpatch mqa ./llama-2-7b ./llama-2-7b-mqa
+    """
+    _convert(_recipe("mqa", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+@command
+def cla(
+    source: Source,
+    output: Output,
+    share: Annotated[int, typer.Option(help="Layers for each set of keys and values.")],
+    kv_heads: Annotated[
+        int | None, typer.Option(help="KV heads of each layer afterwards; as many as before.")
+    ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(help="Layers that take part, FIRST:END; auto chooses those that lose least."),
+    ] = ":",
+    merge: Merge = "mean",
+    match: Annotated[
+        bool, typer.Option("--match/--no-match", help="With --merge svd: pair heads of layers.")
+    ] = True,
+    refit: Refit = None,
+    calibration: CalibrationText = None,
+    samples: Samples = 40,
+    context: Context = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Let adjacent layers share keys and values (cross-layer attention).
+
+    \b
+    Examples:
+        kvpatch cla ./llama-2-7b ./llama-2-7b-cla2 --share 2
+        kvpatch cla ./llama-2-7b ./out --share 2 --kv-heads 8 --merge svd --calibration train.txt
+    """
+    _convert(_recipe("cla", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+@command
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
+    ] = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run the conversion that a recipe describes.
+
+    \b
+    Example:
+        kvpatch run recipes/llama-2-7b-gqa8.yaml --set source=./llama-2-7b
+    """
+    from convert.recipe import load_recipe  # noqa: PLC0415
+
+    loaded = load_recipe(recipe, set_ or ())
+    _convert(loaded, dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+def _recipe(method: str, options: dict[str, Any]) -> Recipe:
+    """The recipe of a command's flags; each flag has the name of its key."""
+    from convert.recipe import make_recipe  # noqa: PLC0415
+
+    invocation = {"dry_run", "json", "quiet", "verbose", "debug"}
+    values = {key: value for key, value in options.items() if key not in invocation}
+    return make_recipe({"method": method, **values})
+
+
+def _convert(recipe: Recipe, dry_run: bool, console: Console) -> None:
+    from convert import pipeline  # noqa: PLC0415
+
+    if dry_run:
+        _show_plan(recipe, console)
+        return
+    with console.stages() as progress:
+        out = pipeline.convert(recipe, progress=progress, warn=console.warn)
+    if console.verbose:
+        from convert.checkpoint.manifest import read_manifest  # noqa: PLC0415
+
+        for result in read_manifest(out)["layers"]:
+            console.note(", ".join(f"{key} {value}" for key, value in result.items()))
+    console.note(f"converted to {out}; check it with: kvpatch verify {shlex.quote(str(out))}")
+    console.result({"output": str(out)}, lambda: console.line(str(out)))
+
+
+def _show_plan(recipe: Recipe, console: Console) -> None:
+    from convert import pipeline, views  # noqa: PLC0415
+
+    with pipeline.prepare(recipe) as prepared:
+        for warning in prepared.warnings + pipeline.obstacles(prepared):
+            console.warn(warning)
+        data = views.plan_data(prepared)
+        console.result(data, lambda: views.print_plan(data, console))

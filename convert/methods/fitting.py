@@ -1,0 +1,346 @@
+"""Refitting one layer of a unit, given what the original layers did on the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.layer import AttentionLayer
+from convert.methods.attention import (
+    Scoring,
+    attend,
+    keys,
+    logits,
+    queries,
+    values,
+    weights,
+)
+from convert.methods.merge import Inputs
+from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
+from convert.methods.refit_scores import Basis, Reader, basis_of, refit_queries, refit_scores
+
+__all__ = [
+    "Observed",
+    "Shared",
+    "head_outputs",
+    "projected",
+    "refit_outcome",
+    "refit_projections",
+    "row_divergence",
+    "second_moments",
+    "similarity",
+    "token_gram",
+]
+
+# output, then values and output: measured, a third round gains little
+_OUTCOME_ROUNDS = 3
+_FAINT = 1e-3  # of the power of the strongest outcome in a unit
+_COMPARED_TOKENS = 512
+
+Each = Callable[[Callable[[int], None], range], object]
+Shared = tuple[Tensor, Tensor]  # rotated keys [N, Hkv, T, D] and values [N, Hkv, T, Dv]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """An original layer and what it did.
+
+    Args:
+        layer: float32, heads in plane order.
+        scoring: How its scores become weights.
+        query_order: Its query heads in the order in which the converted layer has them.
+        before: [N, T, E] residual stream that came in.
+        inputs: [N, T, E] input of its attention.
+        outputs: [N, T, E] what its output projection gave.
+    """
+
+    layer: AttentionLayer
+    scoring: Scoring
+    query_order: tuple[int, ...]
+    before: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+    def scores(self, heads: Sequence[int]) -> Tensor:
+        """Scores [N, h, T, T] of some of its query heads, before cap, offset and mask."""
+        layer = self.layer
+        assert layer.q is not None
+        assert layer.k is not None
+        chosen, read = list(heads), [head // layer.geometry.group for head in heads]
+        part = dataclasses.replace(
+            layer,
+            q=layer.q[chosen],
+            q_bias=None if layer.q_bias is None else layer.q_bias[chosen],
+            k=layer.k[read],
+            k_bias=None if layer.k_bias is None else layer.k_bias[read],
+        )
+        query = queries(part, self.scoring, self.inputs)
+        return logits(query, keys(part, self.scoring, self.inputs), self.scoring)
+
+
+def second_moments(inputs: Sequence[Tensor]) -> Inputs:
+    """Second moments of the attention inputs [N, T, E] of the layers of a unit."""
+    size = inputs[0].shape[-1] + 1
+    own = [torch.zeros(size, size, dtype=torch.float64) for _ in inputs]
+    cross = [own[0], *(torch.zeros_like(own[0]) for _ in inputs[1:])]
+    for windows in zip(*inputs, strict=True):
+        rows = [_augmented(window) for window in windows]
+        for place, row in enumerate(rows):
+            own[place] += (row.mT @ row).cpu()
+            if place:
+                cross[place] += (row.mT @ rows[0]).cpu()
+    count = inputs[0][..., 0].numel()
+    return Inputs(tuple(m / count for m in own), tuple(m / count for m in cross))
+
+
+def token_gram(inputs: Tensor) -> Tensor:
+    """Inner products [n, n] of some of the tokens of inputs [N, T, E], centred, of norm one."""
+    tokens = inputs.flatten(0, 1)
+    tokens = tokens[:: -(-len(tokens) // _COMPARED_TOKENS)].double()
+    tokens = tokens - tokens.mean(0)
+    gram = tokens @ tokens.mT
+    normed: Tensor = gram / gram.norm()
+    return normed.float().cpu()
+
+
+def similarity(grams: Sequence[Tensor]) -> list[list[float]]:
+    """Linear centred kernel alignment of each two layers, 0 to 1.
+
+    Source: Kornblith et al., arXiv:1905.00414, equation 1.
+
+    Args:
+        grams: ``token_gram`` of every layer, of the same tokens.
+    """
+    flat = torch.stack([gram.flatten() for gram in grams]).double()
+    matrix: list[list[float]] = (flat @ flat.mT).clamp(0, 1).tolist()
+    return matrix
+
+
+def refit_projections(
+    place: int,
+    observed: Sequence[Observed],
+    converted: Sequence[AttentionLayer],
+    inputs: Tensor,
+    shared: Shared | None,
+    *,
+    each: Each,
+    seed: int,
+) -> list[AttentionLayer]:
+    """Refit the query projections of a layer, and its key projection if it produces keys.
+
+    A producer's keys serve all layers of the unit: those that come later take part with the inputs
+    they had in the original model.
+
+    Args:
+        place: Which layer of the unit.
+        observed: The unit's original layers, without query/key norms and clamps.
+        converted: The unit's converted layers, float32, heads in plane order.
+        inputs: [N, T, E] input of this layer's attention in the converted model.
+        shared: Keys and values of the producer; None if this layer is the producer.
+        each: Calls a function for each KV head, in any order or at the same time.
+        seed: Of the fits.
+
+    Returns:
+        The converted layers with their new projections.
+    """
+    produces = shared is None
+    layer = converted[place]
+    places = range(place, len(observed)) if produces else range(place, place + 1)
+    bases = {
+        at: basis_of(
+            inputs if at == place else observed[at].inputs, bias=converted[at].q_bias is not None
+        )
+        for at in places
+    }
+    rows = {at: _rows(converted[at], "q", bases[at]) for at in places}
+    if produces:
+        biased = layer.k_bias is not None
+        same = biased == (layer.q_bias is not None)
+        basis = bases[place] if same else basis_of(inputs, bias=biased)
+        key_rows = _rows(layer, "k", basis)
+    group = layer.geometry.group
+
+    def refit(slot: int) -> None:
+        heads = slice(slot * group, (slot + 1) * group)
+        readers = [
+            Reader(
+                bases[at],
+                rows[at][heads],
+                observed[at].scores(observed[at].query_order[heads]),
+                _for_heads(observed[at].scoring, observed[at].query_order[heads]),
+            )
+            for at in places
+        ]
+        if shared is None:
+            key_rows[slot] = refit_scores(readers, basis.inputs, key_rows[slot], seed=seed)
+        else:
+            refit_queries(readers, shared[0][:, slot], seed=seed)
+        for at, reader in zip(places, readers, strict=True):
+            rows[at][heads] = reader.rows
+
+    each(refit, range(layer.geometry.kv_heads))
+    fitted = list(converted)
+    for at in places:
+        fitted[at] = _with_rows(fitted[at], "q", rows[at], bases[at])
+    if produces:
+        fitted[place] = _with_rows(fitted[place], "k", key_rows, basis)
+    return fitted
+
+
+def refit_outcome(
+    place: int,
+    observed: Sequence[Observed],
+    converted: Sequence[AttentionLayer],
+    *,
+    inputs: Tensor,
+    shared: Shared,
+    target: Tensor,
+    seed: int,
+) -> list[AttentionLayer]:
+    """Refit the output projection of a layer, and its value projection if it produces values.
+
+    As with keys, the layers of the unit that come later take part in the fit of the values with
+    what they did in the original model.
+
+    Args:
+        place: Which layer of the unit.
+        observed: The unit's original layers.
+        converted: The unit's converted layers, float32, heads in plane order.
+        inputs: [N, T, E] input of this layer's attention in the converted model.
+        shared: Keys and values of the producer.
+        target: [N, T, E] what this layer's attention should give.
+        seed: Of the fits.
+
+    Returns:
+        The converted layers with their new projections.
+    """
+    fitted = list(converted)
+    scoring = observed[place].scoring
+    for turn in range(_OUTCOME_ROUNDS if place == 0 else 1):
+        if turn:
+            later = range(1, len(observed))
+            targets = [target, *(observed[at].outputs for at in later)]
+            fitted[0] = _refit_all_values(observed, fitted, inputs, shared, targets, seed=seed)
+            shared = (shared[0], values(fitted[0], scoring, inputs))
+        heads = head_outputs(fitted[place], scoring, inputs, shared)
+        output, bias = fitted[place].o, fitted[place].o_bias
+        assert output is not None
+        o, o_bias = refit_output(heads, target, output, bias)
+        fitted[place] = dataclasses.replace(fitted[place], o=o, o_bias=o_bias)
+    return fitted
+
+
+def _refit_all_values(
+    observed: Sequence[Observed],
+    converted: Sequence[AttentionLayer],
+    inputs: Tensor,
+    shared: Shared,
+    targets: Sequence[Tensor],
+    *,
+    seed: int,
+) -> AttentionLayer:
+    """Refit the value projection of a producer, one KV head after the other."""
+    layer = converted[0]
+    basis = basis_of(inputs, bias=layer.v_bias is not None)
+    rows = _rows(layer, "v", basis)
+    group = layer.geometry.group
+    missing = [target.clone() for target in targets]  # beside what all heads give as they stand
+    inputs_of = [inputs, *(item.inputs for item in observed[1:])]
+    # each layer counts by the share of its outcome that it loses, unless that is next to nothing
+    powers = torch.stack([target.square().mean() for target in targets])
+    floor = _FAINT * powers.max() if powers.any() else 1.0
+    scales = powers.clamp(min=floor).rsqrt()
+    for at, item in enumerate(converted):
+        mixed = head_outputs(item, observed[at].scoring, inputs_of[at], shared)
+        missing[at] -= projected(item, mixed)
+    for slot in range(layer.geometry.kv_heads):
+        heads = slice(slot * group, (slot + 1) * group)
+        value = basis.inputs @ rows[slot].mT
+        readers = []
+        for at, item in enumerate(converted):
+            assert item.o is not None
+            query = queries(item, observed[at].scoring, inputs_of[at])[:, heads]
+            scores = logits(query, shared[0][:, slot : slot + 1], observed[at].scoring)
+            mixing = weights(
+                scores, _for_heads(observed[at].scoring, range(heads.start, heads.stop))
+            )
+            output = item.o[:, heads]
+            missing[at] += _outcome(mixing, value, output)
+            readers.append(ValueReader(mixing, scales[at] * output, scales[at] * missing[at]))
+        rows[slot] = refit_values(readers, basis.inputs, rows[slot], seed=seed)
+        value = basis.inputs @ rows[slot].mT
+        for at, reader in enumerate(readers):
+            missing[at] -= _outcome(reader.weights, value, reader.output) / scales[at]
+    return _with_rows(layer, "v", rows, basis)
+
+
+def _outcome(mixing: Tensor, value: Tensor, output: Tensor) -> Tensor:
+    """[N, T, E] that heads with weights [N, g, T, T] make of values [N, T, Dv]."""
+    heads = (mixing @ value[:, None]).transpose(1, 2)
+    return heads.flatten(2) @ output.flatten(1).mT
+
+
+def head_outputs(layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared) -> Tensor:
+    """Head outputs [N, T, H, Dv] of a converted layer, one window at a time."""
+    return torch.cat(
+        [
+            attend(layer, scoring, window[None], key[None], value[None])
+            for window, key, value in zip(inputs, *shared, strict=True)
+        ]
+    )
+
+
+def projected(layer: AttentionLayer, heads: Tensor) -> Tensor:
+    """Output [N, T, E] of a layer for its head outputs."""
+    assert layer.o is not None
+    output = heads.flatten(2) @ layer.o.flatten(1).mT
+    return output if layer.o_bias is None else output + layer.o_bias
+
+
+def row_divergence(
+    observed: Observed, layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared
+) -> float:
+    """Mean KL divergence, in nats, of the converted attention rows from the original ones."""
+    total = 0.0
+    order = observed.query_order
+    for window in range(len(inputs)):
+        part = dataclasses.replace(observed, inputs=observed.inputs[window : window + 1])
+        truth = weights(part.scores(order), _for_heads(observed.scoring, order))
+        query = queries(layer, scoring, inputs[window : window + 1])
+        found = weights(logits(query, shared[0][window : window + 1], scoring), scoring)
+        ratio = torch.where(truth > 0, truth * (truth / found.clamp(min=1e-30)).log(), 0.0)
+        total += float(ratio.sum(-1).mean())
+    return total / len(inputs)
+
+
+def _augmented(window: Tensor) -> Tensor:
+    rows = window.double()
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+
+
+def _for_heads(scoring: Scoring, heads: Sequence[int]) -> Scoring:
+    """The scoring of some query heads of a layer."""
+    if scoring.offset is None:
+        return scoring
+    return dataclasses.replace(scoring, offset=scoring.offset[list(heads)])
+
+
+def _rows(layer: AttentionLayer, part: str, basis: Basis) -> Tensor:
+    """A projection [n, D, E'] in the coordinates of a basis."""
+    weight, bias = getattr(layer, part), getattr(layer, f"{part}_bias")
+    rows = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
+    coordinates: Tensor = rows @ basis.there
+    return coordinates
+
+
+def _with_rows(layer: AttentionLayer, part: str, rows: Tensor, basis: Basis) -> AttentionLayer:
+    rows = rows @ basis.back
+    fields: dict[str, Any] = {part: rows}
+    if getattr(layer, f"{part}_bias") is not None:
+        fields = {part: rows[..., :-1], f"{part}_bias": rows[..., -1]}
+    return dataclasses.replace(layer, **fields)

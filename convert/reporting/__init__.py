@@ -1,0 +1,1 @@
+"""Reports: what conversions cost and keep, drawn from their manifests alone."""

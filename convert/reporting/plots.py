@@ -1,0 +1,304 @@
+"""The plots of a report, for matplotlib's figures alone: no window, no global state.
+
+Colours are those of Okabe and Ito and the map cividis, which colour-blind readers can tell apart;
+models differ in their markers too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil, log2
+from typing import TYPE_CHECKING, Any
+
+from convert.console import visible
+from convert.reporting.conversions import Conversion
+from convert.reporting.rows import Row
+from kvpatch.memory import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["lost_energy", "pareto", "render", "similarity"]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_PREDICTED, _MEASURED = _COLOURS[:2]
+# title, value of a layer, its unit and how many of those make 1, colour; drawn where it is known
+_LAYER_LINES: tuple[tuple[str, str, str, float, str], ...] = (
+    ("predicted:\nlost key energy", "lost_energy_k", "%", 100, _PREDICTED),
+    ("measured:\nattention KL", "attention_kl", "nats", 1, _MEASURED),
+    ("predicted:\nlost value energy", "lost_energy_v", "%", 100, _PREDICTED),
+    ("measured:\noutput error", "output_error", "% of the power", 100, _MEASURED),
+)
+_KL_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+_LINEAR_KL = 0.01  # below it the KL axis is linear, so that it can show 0
+_SHARE_TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1)
+_MOST_SIZES = 6  # tick labels that fit on the axis of cache sizes
+_MOST_NUMBERS = 16  # rows and columns of a heat map whose cells still have room for numbers
+
+
+def render(draw: Callable[[], Figure]) -> dict[str, bytes]:
+    """A drawing as ``png`` and ``svg``, whose bytes depend on what is drawn alone."""
+    files = {}
+    with _our_settings():
+        figure = draw()
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
+            files[suffix] = buffer.getvalue()
+    return files
+
+
+@contextmanager
+def _our_settings() -> Iterator[None]:
+    """Settings of our own, whatever the user's matplotlibrc says."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(
+            {
+                "svg.hashsalt": "kvpatch",
+                "text.parse_math": False,  # names may hold dollar signs
+                "font.size": 9,
+                "axes.titlesize": 9,
+                "figure.titlesize": 11,
+            }
+        )
+        yield
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def pareto(rows: Sequence[Row]) -> Figure:
+    """Cache size against KL, one panel for each setting of the measurement.
+
+    Args:
+        rows: From ``pareto_rows``.
+    """
+    settings: dict[str, list[Row]] = {}
+    for row in rows:
+        settings.setdefault(_setting(row), []).append(row)
+    models = list(dict.fromkeys(row["model"] for row in rows if row["role"] == "conversion"))
+    columns = min(3, len(settings))
+    lines = ceil(len(settings) / columns)
+    longest = max(len(_look(row, models)["label"]) for row in rows)
+    width = 4.6 * columns + 0.085 * longest + 0.6
+    height = max(4.2 * lines, 0.23 * len(models) + 1.4)
+    figure = _figure(width, height, "KV cache against distance from the source")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel, (setting, measured) in zip(panels, settings.items(), strict=False):
+        _pareto_panel(panel, measured, models)
+        panel.set_title(setting)
+    for panel in panels[len(settings) :]:
+        panel.set_axis_off()
+    handles = {str(line.get_label()): line for panel in panels for line in panel.lines}
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
+    return figure
+
+
+def _setting(row: Row) -> str:
+    return (
+        f"{_short(row['text'])}\n{row['windows']} windows of {row['context']} tokens, "
+        f"stride {row['stride']}, {row['dtype']}"
+    )
+
+
+def _pareto_panel(panel: Axes, rows: Sequence[Row], models: Sequence[str]) -> None:
+    front = sorted((row["kv_bytes_per_token"], row["kl"]) for row in rows if row["front"])
+    sizes, losses = zip(*front, strict=True)
+    panel.step(
+        sizes,
+        losses,
+        where="post",
+        color="0.6",
+        marker="o",
+        markersize=14,
+        markerfacecolor="none",
+        clip_on=False,  # the source lies on the axis
+        label="Pareto front",
+    )
+    for row in rows:
+        panel.plot(
+            row["kv_bytes_per_token"],
+            row["kl"],
+            linestyle="none",
+            markeredgecolor="none",
+            clip_on=False,
+            zorder=3,
+            **_look(row, models),
+        )
+    _size_axis(panel, rows)
+    panel.set_yscale("symlog", linthresh=_LINEAR_KL, linscale=0.5)
+    panel.set_ylim(0, max(_LINEAR_KL, 1.4 * max(row["kl"] for row in rows)))
+    top = panel.get_ylim()[1]
+    ticks = [tick for tick in _KL_TICKS if tick <= top]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_yticks([], minor=True)
+    panel.set_ylabel("KL(source ‖ model), nats per token")
+    panel.grid(color="0.92")
+    panel.set_axisbelow(True)
+
+
+def _look(row: Row, models: Sequence[str]) -> dict[str, Any]:
+    if row["role"] == "source":
+        label = f"{_short(row['model'])} (source)"
+        return {"label": label, "color": "black", "marker": "*", "markersize": 12}
+    index = models.index(row["model"])
+    return {
+        "label": _short(row["model"]),
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 7,
+    }
+
+
+def _size_axis(panel: Axes, rows: Sequence[Row]) -> None:
+    """Halvings of the source's cache as ticks."""
+    sizes = [row["kv_bytes_per_token"] for row in rows]
+    full = next(row["kv_bytes_per_token"] for row in rows if row["role"] == "source")
+    halvings = max(1, ceil(log2(full / min(sizes))))
+    parts = [2**power for power in range(0, halvings + 1, ceil((halvings + 1) / _MOST_SIZES))]
+    panel.set_xscale("log", base=2)
+    panel.set_xlim(min(full / 2, *sizes) / 1.15, max(sizes) * 1.15)
+    panel.set_xticks(
+        [full / part for part in parts],
+        [f"{format_bytes(full / part)}\n{f'1/{part}' if part > 1 else 'source'}" for part in parts],
+    )
+    panel.set_xticks([], minor=True)
+    panel.set_xlabel("KV cache per token (share of the source's)")
+
+
+def lost_energy(conversion: Conversion) -> Figure:
+    """Lost energy of each layer and head, and of each layer beside what was measured of it."""
+    layers = conversion.layers
+    maps = (
+        ("keys", [layer.lost_heads_k for layer in layers]),
+        ("values", [layer.lost_heads_v for layer in layers]),
+    )
+    lines = [line for line in _LAYER_LINES if getattr(layers[0], line[1]) is not None]
+    heads = len(layers[0].lost_heads_k)
+    width = min(6.0, max(2.4, 0.34 * heads))
+    title = (
+        f"{_short(conversion.name)} ({conversion.recipe.method}, merge "
+        f"{conversion.recipe.merge}): energy that merging lost"
+    )
+    figure = _figure(2 * width + 1.45 * len(lines) + 0.6, _height(len(layers)), title)
+    ratios = [width, width] + [1.2] * len(lines)
+    panels = figure.subplots(1, len(ratios), sharey=True, gridspec_kw={"width_ratios": ratios})
+    for panel, (part, shares) in zip(panels, maps, strict=False):
+        _lost_map(panel, shares)
+        panel.set_title(f"{part}: lost share of each head, %")
+        panel.set_xlabel("KV head of the source")
+    _layer_axis(panels[0], conversion)
+    highest = max(share for _, shares in maps for line in shares for share in line)
+    _share_bar(figure, panels[:2], highest=highest)
+    for panel, (name, key, unit, scale, colour) in zip(panels[2:], lines, strict=True):
+        values = [scale * getattr(layer, key) for layer in layers]
+        panel.plot(values, range(len(layers)), color=colour, marker="o", markersize=4)
+        panel.set_xlim(0, 1.1 * max(values) or 1)
+        panel.set_title(name, color=colour)
+        panel.set_xlabel(unit)
+        panel.grid(color="0.92")
+        panel.locator_params(axis="x", nbins=3)
+    return figure
+
+
+def _height(layers: int) -> float:
+    return min(14.0, max(3.4, 0.3 * layers + 1.9))
+
+
+def _lost_map(panel: Axes, shares: Sequence[Sequence[float]]) -> None:
+    """A heat map whose colours mean the same in every report: shares from 0 to 1."""
+    from matplotlib.colors import PowerNorm  # noqa: PLC0415
+
+    panel.imshow(
+        shares, aspect="auto", interpolation="nearest", cmap="cividis", norm=PowerNorm(0.5, 0, 1)
+    )
+    _numbers(panel, shares, dark_below=0.3)
+    panel.set_xticks(range(0, len(shares[0]), ceil(len(shares[0]) / 16)))
+
+
+def _share_bar(figure: Figure, panels: Sequence[Axes], *, highest: float) -> None:
+    width, height = 4.5, 0.15  # inches, if the maps are as wide
+    maps = figure.get_figheight() - 1.6
+    bar = figure.colorbar(
+        panels[0].images[0],
+        ax=panels,
+        location="bottom",
+        fraction=height / maps,
+        aspect=width / height,
+        extend="max" if highest > 1 else "neither",
+        label="lost share of a head's energy",
+    )
+    bar.set_ticks(_SHARE_TICKS, labels=[f"{100 * tick:g} %" for tick in _SHARE_TICKS])
+
+
+def _layer_axis(panel: Axes, conversion: Conversion) -> None:
+    """Layers from top to bottom; an arrow comes from the layer whose keys one reads."""
+    layers = conversion.layers
+    step = ceil(len(layers) / (4.5 * _height(len(layers))))
+    panel.set_yticks(
+        [layer.layer for layer in layers[::step]],
+        [
+            f"{layer.layer}" if layer.source == layer.layer else f"{layer.source} → {layer.layer}"
+            for layer in layers[::step]
+        ],
+    )
+    shares = any(layer.source != layer.layer for layer in layers)
+    panel.set_ylabel("layer (a → b: b reads from a)" if shares else "layer")
+
+
+def _numbers(panel: Axes, shares: Sequence[Sequence[float]], *, dark_below: float) -> None:
+    """Per cent in the cells of a heat map, if there is room."""
+    if max(len(shares), len(shares[0])) > _MOST_NUMBERS:
+        return
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            colour = "white" if share < dark_below else "black"
+            text = f"{100 * share:.{0 if share >= 0.0995 else 1}f}"
+            panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+
+
+def similarity(conversion: Conversion) -> Figure:
+    """How alike the attention inputs of each two layers are; layers that share are framed."""
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    shares = conversion.similarity
+    assert shares is not None
+    count = len(shares)
+    side = min(11.0, max(3.6, 0.42 * count + 1.2))
+    title = f"{_short(conversion.name)}:\nsimilarity of the source's attention inputs"
+    figure = _figure(side + 1.4, side + 0.8, title)
+    panel = figure.subplots()
+    image = panel.imshow(shares, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
+    _numbers(panel, shares, dark_below=0.5)
+    for layer in conversion.layers:
+        if layer.source != layer.layer:
+            corner = (layer.layer - 0.5, layer.source - 0.5)
+            panel.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_MEASURED, linewidth=2))
+    step = ceil(count / 24)
+    panel.set_xticks(range(0, count, step))
+    panel.set_yticks(range(0, count, step))
+    note = "\n(framed: it reads the keys and values of the row's layer)"
+    panel.set_xlabel("layer" + note * bool(panel.patches))
+    panel.set_ylabel("layer")
+    bar = figure.colorbar(image, ax=panel, shrink=0.8, label="linear centred kernel alignment")
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
+    return figure
+
+
+def _short(name: str, most: int = 36) -> str:
+    """A name that fits into a legend or title: of a long one both ends, which differ most."""
+    shown = visible(name)
+    half = (most - 1) // 2
+    return shown if len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"

@@ -1,0 +1,130 @@
+"""Calibration texts: files of several formats, as windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.loading import load_tokenizer, quiet_transformers
+from kvpatch.errors import InputModelError, UsageError
+
+__all__ = ["Windows", "read_documents", "windows_from"]
+
+# more text than any calibration wants; the rest of a larger file is not read
+_MOST_CHARACTERS = 32_000_000
+_COLUMN = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of a text.
+
+    Args:
+        tokens: [N, T] token ids.
+        text: File name.
+        text_sha256: Hash of the file.
+        tokens_sha256: Hash of the token ids.
+    """
+
+    tokens: Tensor
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Documents of a text file, or of the column ``text`` of a jsonl or parquet file.
+
+    Raises:
+        UsageError: If the file cannot be read, or has no such column.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix in {".jsonl", ".ndjson"}:
+            yield from _json_lines(path)
+        else:
+            with path.open(encoding="utf-8") as stream:
+                yield stream.read(_MOST_CHARACTERS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {path}: {error}") from error
+
+
+def windows_from(folder: Path, path: Path, *, samples: int, context: int, seed: int) -> Windows:
+    """Random windows of a text in the tokens of a model.
+
+    Args:
+        folder: Checkpoint folder with the tokenizer.
+        path: Text, jsonl or parquet file.
+        samples: Number of windows.
+        context: Tokens of a window, the tokenizer's opening token included.
+        seed: Chooses the windows.
+
+    Raises:
+        UsageError: If the file cannot be read.
+        InputModelError: If the text has too few tokens.
+    """
+    documents = list(_limited(read_documents(path)))
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+        opening = tokenizer("")["input_ids"][:1]
+    ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)
+    body = context - len(opening)
+    cut = ids[: len(ids) // body * body].view(-1, body)
+    if len(cut) < samples:
+        raise InputModelError(
+            f"{path} has {len(ids):,} tokens, fewer than {samples} windows of {context}",
+            hint="Give more text, or smaller --samples or --context.",
+        )
+    chosen = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:samples]
+    start = torch.tensor(opening, dtype=torch.long).expand(samples, -1)
+    tokens = torch.cat([start, cut[chosen.sort().values]], 1)
+    with path.open("rb") as stream:
+        text_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+    token_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Windows(tokens, path.name, text_hash, token_hash)
+
+
+def _limited(documents: Iterator[str]) -> Iterator[str]:
+    left = _MOST_CHARACTERS
+    for document in documents:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield str(json.loads(line)[_COLUMN])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UsageError(
+                        f'{path}:{number}: expected an object with a key "{_COLUMN}"'
+                    ) from error
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: reading parquet needs pyarrow", hint="pip install 'kvpatch[parquet]'"
+        ) from error
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UsageError(f"cannot read the text {path}: {error}") from error
+    if _COLUMN not in file.schema_arrow.names:
+        raise UsageError(f'{path} has no column "{_COLUMN}": {", ".join(file.schema_arrow.names)}')
+    for batch in file.iter_batches(columns=[_COLUMN], batch_size=256):
+        yield from (str(value) for value in batch.column(0).to_pylist() if value)

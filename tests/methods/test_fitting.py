@@ -1,0 +1,153 @@
+"""Fits of whole units: what stays, what never gets worse, and what is measured of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, linear
+
+from convert.layer import AttentionLayer
+from convert.methods.attention import Scoring, keys, plane_order, values, with_head_order
+from convert.methods.fitting import (
+    Observed,
+    Shared,
+    head_outputs,
+    projected,
+    refit_outcome,
+    row_divergence,
+    second_moments,
+)
+from convert.methods.merge import merge_heads
+from tests.helpers import assert_close
+from tests.methods.layers import Shape, augmented, causal, randn, random_layer
+
+N, T, E = 3, 8, 5
+SHAPE = Shape(hidden=E, biases=("q", "v", "o"))
+GROUPS, ORDER = [(0, 2), (1, 3)], (0, 1, 4, 5, 2, 3, 6, 7)
+
+
+def _ready(layer: AttentionLayer) -> AttentionLayer:
+    return with_head_order(layer, plane_order(layer))
+
+
+def _outcome(layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared) -> Tensor:
+    return projected(layer, head_outputs(layer, scoring, inputs, shared))
+
+
+def _observed(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Observed:
+    ready = _ready(layer)
+    shared = (keys(ready, scoring, inputs), values(ready, scoring, inputs))
+    outputs = _outcome(ready, scoring, inputs, shared)
+    return Observed(
+        layer=ready,
+        scoring=scoring,
+        query_order=ORDER,
+        before=inputs,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _unit(count: int, shape: Shape = SHAPE) -> tuple[list[Observed], list[AttentionLayer]]:
+    """Original layers that were observed, and their merge to two heads."""
+    layers = [random_layer(shape, seed=3 + layer) for layer in range(count)]
+    groups = [
+        tuple(4 * layer + member for layer in range(count) for member in group) for group in GROUPS
+    ]
+    scoring = causal(T, 2, window=5)
+    seen = [_observed(layer, scoring, randn(N, T, E, seed=9 + i)) for i, layer in enumerate(layers)]
+    return seen, [_ready(layer) for layer in merge_heads(layers, groups)[0]]
+
+
+@pytest.mark.parametrize("biases", [("q", "v", "o"), ("k",)], ids=["biases", "no biases"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_outcome_of_all_layers_never_gets_further_away(
+    count: int, biases: Sequence[str]
+) -> None:
+    """Values and output of the producer are fitted for every layer that reads them."""
+    seen, merged = _unit(count, dataclasses.replace(SHAPE, biases=biases))
+    scoring, inputs = seen[0].scoring, seen[0].inputs
+
+    def errors(unit: Sequence[AttentionLayer]) -> list[float]:
+        shared = (keys(unit[0], scoring, inputs), values(unit[0], scoring, inputs))
+        found = [
+            _outcome(layer, scoring, item.inputs, shared)
+            for layer, item in zip(unit, seen, strict=True)
+        ]
+        return [
+            float((f - item.outputs).square().sum()) for f, item in zip(found, seen, strict=True)
+        ]
+
+    shared = (keys(merged[0], scoring, inputs), values(merged[0], scoring, inputs))
+    options = {"inputs": inputs, "shared": shared, "target": seen[0].outputs, "seed": 1}
+    fitted = refit_outcome(0, seen, merged, **options)
+    before, after = errors(merged), errors(fitted)
+    assert sum(after) < sum(before)
+    for layer in range(1, count):  # consumers have an output of their own, and nothing else
+        given = values(fitted[0], scoring, inputs)
+        options = {
+            "inputs": seen[layer].inputs,
+            "shared": (shared[0], given),
+            "target": seen[layer].outputs,
+            "seed": 1,
+        }
+        fitted = refit_outcome(layer, seen, fitted, **options)
+        assert errors(fitted)[layer] < after[layer]
+        assert errors(fitted)[:layer] == errors(fitted[:layer] + merged[layer:])[:layer]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_outcomes_that_are_right_already_stay(count: int) -> None:
+    """Every layer gives what is wanted of it, with the producer's values and inputs of its own."""
+    seen, merged = _unit(count)
+    scoring, inputs = seen[0].scoring, seen[0].inputs
+    shared = (keys(merged[0], scoring, inputs), values(merged[0], scoring, inputs))
+    content = [
+        dataclasses.replace(item, outputs=_outcome(layer, scoring, item.inputs, shared))
+        for item, layer in zip(seen, merged, strict=True)
+    ]
+    fitted = refit_outcome(
+        0, content, merged, inputs=inputs, shared=shared, target=content[0].outputs, seed=1
+    )
+    for name in ("v", "v_bias", "o", "o_bias"):
+        assert_close(getattr(fitted[0], name), getattr(merged[0], name), atol=1e-8)
+    assert fitted[1:] == merged[1:]
+
+
+def test_moments_are_means_of_products() -> None:
+    inputs = [randn(N, T, E, seed=seed).float() for seed in range(3)]
+    rows = [augmented(part.double()).flatten(0, 1) for part in inputs]
+    found = second_moments(inputs)
+    for place, row in enumerate(rows):
+        own = sum(torch.outer(x, x) for x in row) / (N * T)
+        cross = sum(torch.outer(x, y) for x, y in zip(row, rows[0], strict=True)) / (N * T)
+        assert_close(found.own[place], own, atol=1e-13)
+        assert_close(found.cross[place], cross, atol=1e-13)
+
+
+def test_divergence_is_that_of_torch() -> None:
+    """Mean over windows, heads and queries, of converted rows from original ones."""
+    (seen,), (merged,) = _unit(1)
+    inputs = seen.inputs + 0.1 * randn(N, T, E, seed=4)
+    shared = (keys(merged, seen.scoring, inputs), values(merged, seen.scoring, inputs))
+    found = row_divergence(seen, merged, seen.scoring, inputs, shared)
+
+    def log_weights(layer: AttentionLayer, given: Tensor) -> Tensor:
+        """[N, H, T, T] in whatever order the layer has its heads."""
+        read = keys(layer, seen.scoring, given)
+        query = linear(given, layer.q.flatten(0, 1), layer.q_bias.flatten())
+        query = query.unflatten(-1, layer.q.shape[:2]).transpose(1, 2)
+        turning = torch.view_as_complex(query[..., :4].unflatten(-1, (2, 2)).contiguous())
+        turned = torch.view_as_real(turning * seen.scoring.turn).flatten(-2)
+        query = torch.cat([turned, query[..., 4:]], -1)
+        read = read.repeat_interleave(8 // layer.geometry.kv_heads, 1)
+        scores = seen.scoring.scale * query @ read.mT
+        return scores.masked_fill(~seen.scoring.visible, -1e9).log_softmax(-1)
+
+    truth = log_weights(seen.layer, seen.inputs)[:, list(ORDER)]
+    expected = kl_div(log_weights(merged, inputs), truth, log_target=True, reduction="sum")
+    assert found == pytest.approx(float(expected) / (N * 8 * T), rel=1e-9)

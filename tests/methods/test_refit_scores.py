@@ -1,0 +1,384 @@
+"""Refits of queries and keys against dense normal equations, built entry by entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from convert.layer import AttentionLayer
+from convert.methods import refit_scores as module
+from convert.methods.attention import Scoring, keys, plane_order, with_head_order
+from convert.methods.fitting import Observed, refit_projections
+from convert.methods.merge import merge_heads
+from convert.methods.refit_scores import Basis, Reader, basis_of, refit_queries, refit_scores
+from tests.helpers import assert_close
+from tests.methods.layers import Shape, augmented, causal, randn, random_layer
+
+N, T, E, D, HEADS = 3, 8, 4, 6, 2
+PLANES = {"full": 3, "partial": 2, "none": 0}
+planes = pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
+caps = pytest.mark.parametrize("softcap", [None, 1.5])
+windows = pytest.mark.parametrize("window", [None, 3])
+biases = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+
+
+def one_by_one(function: Callable[[int], None], numbers: range) -> None:
+    for number in numbers:
+        function(number)
+
+
+@pytest.fixture
+def converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough steps for conjugate gradients to end where the dense solution lies."""
+    monkeypatch.setattr(module, "_STEPS", 120)
+
+
+def _basis(*, bias: bool, seed: int) -> Basis:
+    scales = torch.linspace(0.3, 2, E, dtype=torch.float64)
+    return basis_of(randn(N, T, E, seed=seed) * scales + 0.5, bias=bias)
+
+
+def _reader(scoring: Scoring, *, bias: bool, seed: int) -> Reader:
+    basis = _basis(bias=bias, seed=seed)
+    rows = randn(HEADS, D, basis.inputs.shape[-1], seed=seed + 1)
+    return Reader(basis, rows, 2 * randn(N, HEADS, T, T, seed=seed + 2), scoring)
+
+
+def _rotations(scoring: Scoring) -> Tensor:
+    """Rotation matrices [T, D, D] of neighbouring dims."""
+    matrices = torch.eye(D, dtype=torch.float64).repeat(T, 1, 1)
+    for plane in range(scoring.turn.shape[1]):
+        i, j, turn = 2 * plane, 2 * plane + 1, scoring.turn[:, plane]
+        matrices[:, i, i] = matrices[:, j, j] = turn.real
+        matrices[:, j, i] = turn.imag
+        matrices[:, i, j] = -turn.imag
+    return matrices
+
+
+def _metric(reader: Reader) -> Tensor:
+    """``diag p - p p^T`` of every attention row, through the slope of the cap: [N, g, T, T, T]."""
+    target, scoring = reader.target.clone(), reader.scoring
+    slope = torch.ones_like(target)
+    if scoring.softcap is not None:
+        slope = 1 / torch.cosh(target / scoring.softcap) ** 2
+        target = scoring.softcap * torch.tanh(target / scoring.softcap)
+    rows = torch.softmax(target.masked_fill(~scoring.visible, -torch.inf), -1)
+    hessian = torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :]
+    return slope[..., :, None] * hessian * slope[..., None, :]
+
+
+def _scores(reader: Reader, key: Tensor) -> Tensor:
+    """[N, g, T, T] for rotated keys [N, T, D]."""
+    turned = torch.einsum(
+        "tfd,nte,gde->ngtf", _rotations(reader.scoring), reader.basis.inputs, reader.rows
+    )
+    return reader.scoring.scale * turned @ key[:, None].mT
+
+
+def _divergence(readers: Sequence[Reader], key: Tensor) -> float:
+    """Half of the sum of ``d^T (diag p - p p^T) d`` over all attention rows."""
+    total = 0.0
+    for reader in readers:
+        error = _scores(reader, key) - reader.target
+        total += 0.5 * float(torch.einsum("ngts,ngtsr,ngtr->", error, _metric(reader), error))
+    return total
+
+
+def _solved(
+    jacobian: Tensor, metric: Tensor, target: Tensor, start: Tensor, signs: Tensor
+) -> Tensor:
+    """Dense ridge solution: jacobian [rows, T, unknowns], metric [rows, T, T], target [rows, T].
+
+    The ridge is 1/100 of the mean diagonal, estimated with random signs.
+    """
+    normal = torch.einsum("rsi,rsq,rqj->ij", jacobian, metric, jacobian)
+    pull = torch.einsum("rsi,rsq,rq->i", jacobian, metric, target)
+    strength = 0.01 * torch.mean(signs * (normal @ signs))
+    ridged = normal + strength * torch.eye(len(normal), dtype=torch.float64)
+    return torch.linalg.solve(ridged, pull + strength * start)
+
+
+def _signs(shape: Sequence[int], seed: int) -> Tensor:
+    drawn = torch.randint(0, 2, tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return (2 * drawn - 1).double()
+
+
+def _dense_queries(reader: Reader, key: Tensor, seed: int) -> Tensor:
+    rotation, inputs = _rotations(reader.scoring), reader.basis.inputs
+    jacobian = torch.einsum("tfd,nsf,nte->ntsde", rotation, key, inputs) * reader.scoring.scale
+    metric, signs = _metric(reader), _signs(reader.rows.shape, seed)
+    return torch.stack(
+        [
+            _solved(
+                jacobian.flatten(0, 1).flatten(2),
+                metric[:, head].flatten(0, 1),
+                reader.target[:, head].flatten(0, 1),
+                rows.flatten(),
+                signs[head].flatten(),
+            ).reshape(rows.shape)
+            for head, rows in enumerate(reader.rows)
+        ]
+    )
+
+
+def _dense_keys(readers: Sequence[Reader], inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+    rotation = _rotations(readers[0].scoring)
+    jacobians, metrics, targets = [], [], []
+    for reader in readers:
+        query = torch.einsum("tfd,nte,gde->ngtf", rotation, reader.basis.inputs, reader.rows)
+        jacobian = torch.einsum("ngtf,sfd,nse->ngtsde", query, rotation, inputs)
+        jacobians.append((jacobian * reader.scoring.scale).flatten(0, 2).flatten(2))
+        metrics.append(_metric(reader).flatten(0, 2))
+        targets.append(reader.target.flatten(0, 2))
+    system = (torch.cat(jacobians), torch.cat(metrics), torch.cat(targets))
+    signs = _signs((1, *rows.shape), seed).flatten()
+    return _solved(*system, rows.flatten(), signs).reshape(rows.shape)
+
+
+def _fitted_in_turn(readers: Sequence[Reader], inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+    """Queries, keys, queries, all dense; replaces the rows of the readers."""
+    scoring = readers[0].scoring
+
+    def fit_queries(rows: Tensor) -> None:
+        for reader in readers:
+            reader.rows = _dense_queries(reader, _key(inputs, rows, scoring), seed)
+
+    fit_queries(rows)
+    rows = _dense_keys(readers, inputs, rows, seed)
+    fit_queries(rows)
+    return rows
+
+
+def _key(inputs: Tensor, rows: Tensor, scoring: Scoring) -> Tensor:
+    return torch.einsum("tfd,nte,de->ntf", _rotations(scoring), inputs, rows)
+
+
+@planes
+@caps
+@windows
+@biases
+@pytest.mark.usefixtures("converged")
+def test_queries_are_the_dense_solution(
+    planes: int, softcap: float | None, window: int | None, bias: bool
+) -> None:
+    scoring = causal(T, planes, window=window, softcap=softcap)
+    reader, key = _reader(scoring, bias=bias, seed=1), randn(N, T, D, seed=9)
+    expected = _dense_queries(reader, key, seed=5)
+    assert float((expected - reader.rows).abs().max()) > 0.1  # else nothing is tested
+    refit_queries([reader], key, seed=5)
+    assert_close(reader.rows, expected, atol=1e-8 * float(expected.abs().max()))
+
+
+@planes
+@caps
+@windows
+@biases
+@pytest.mark.usefixtures("converged")
+def test_queries_and_keys_are_solved_in_turn(
+    planes: int, softcap: float | None, window: int | None, bias: bool
+) -> None:
+    scoring = causal(T, planes, window=window, softcap=softcap)
+    readers = [_reader(scoring, bias=bias, seed=seed) for seed in (1, 11)]
+    inputs = _basis(bias=bias, seed=1).inputs
+    start = randn(D, inputs.shape[-1], seed=30)
+    copies = [dataclasses.replace(reader) for reader in readers]
+    found = refit_scores(readers, inputs, start, seed=5)
+
+    expected = _fitted_in_turn(copies, inputs, start, seed=5)
+    assert_close(found, expected, atol=1e-7 * float(expected.abs().max()))
+    for reader, copy in zip(readers, copies, strict=True):
+        assert_close(reader.rows, copy.rows, atol=1e-7 * float(copy.rows.abs().max()))
+
+
+@planes
+@caps
+@windows
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_refits_never_diverge_more(
+    planes: int,
+    softcap: float | None,
+    window: int | None,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Conjugate gradients only descend, and the ridge is nothing at the start."""
+    monkeypatch.setattr(module, "_STEPS", steps)
+    scoring = causal(T, planes, window=window, softcap=softcap)
+    readers = [_reader(scoring, bias=True, seed=seed) for seed in (1, 11)]
+    inputs = _basis(bias=True, seed=1).inputs
+    start = randn(D, E + 1, seed=30)
+    before = _divergence(readers, _key(inputs, start, scoring))
+    copies = [dataclasses.replace(reader) for reader in readers]
+    refit_queries(copies, _key(inputs, start, scoring), seed=5)
+    between = _divergence(copies, _key(inputs, start, scoring))
+    key_rows = refit_scores(readers, inputs, start, seed=5)
+    after = _divergence(readers, _key(inputs, key_rows, scoring))
+    assert after < between < before
+
+
+def _observed(
+    layer: AttentionLayer, inputs: Tensor, order: Sequence[int], scoring: Scoring
+) -> Observed:
+    return Observed(
+        layer=with_head_order(layer, plane_order(layer)),
+        scoring=scoring,
+        query_order=tuple(order),
+        before=inputs,
+        inputs=inputs,
+        outputs=inputs,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("dim", [0, 4, 6])
+@caps
+@windows
+def test_what_merges_without_loss_stays(
+    interleaved: bool, dim: int, softcap: float | None, window: int | None
+) -> None:
+    """Keys that are multiples of one another, whose merge is exact: there is nothing to repair."""
+    shape = Shape(rope_dim=dim, interleaved=interleaved, biases=("q", "k"), hidden=E)
+    layer = random_layer(shape, seed=3)
+    assert layer.k is not None
+    assert layer.k_bias is not None
+    factors = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    layer = dataclasses.replace(
+        layer, k=factors[:, None, None] * layer.k[0], k_bias=factors[:, None] * layer.k_bias[0]
+    )
+    groups, order = [(0, 2), (1, 3)], [0, 1, 4, 5, 2, 3, 6, 7]
+    (merged,), _ = merge_heads([layer], groups)
+    scoring = causal(T, dim // 2, window=window, softcap=softcap)
+    inputs = randn(N, T, E, seed=6)
+    before = with_head_order(merged, plane_order(layer))
+    (after,) = refit_projections(
+        0,
+        [_observed(layer, inputs, order, scoring)],
+        [before],
+        inputs,
+        None,
+        each=one_by_one,
+        seed=1,
+    )
+    for name in ("q", "k", "q_bias", "k_bias"):
+        expected = getattr(before, name)
+        assert_close(getattr(after, name), expected, atol=1e-8 * float(expected.abs().max()))
+
+
+def _biased(layer: AttentionLayer, part: str) -> Tensor:
+    """[n, D, E] or, with its bias, [n, D, E + 1]; dims in plane order."""
+    rows, bias = getattr(layer, part), getattr(layer, f"{part}_bias")
+    if bias is not None:
+        rows = torch.cat([rows, bias[..., None]], -1)
+    return rows[:, plane_order(layer)]
+
+
+def _original_scores(layer: AttentionLayer, inputs: Tensor, scoring: Scoring) -> Tensor:
+    """[N, H, T, T], each query head with a KV head of its own."""
+    rotation = _rotations(scoring)
+    query, key = (
+        torch.einsum(
+            "tfd,nte,hde->nhtf",
+            rotation,
+            inputs if getattr(layer, f"{part}_bias") is None else augmented(inputs),
+            _biased(layer, part),
+        )
+        for part in "qk"
+    )
+    return scoring.scale * query @ key.repeat_interleave(layer.geometry.group, 1).mT
+
+
+@pytest.mark.parametrize(
+    ("interleaved", "dim", "biases"),
+    [
+        (False, 0, ("q",)),
+        (False, 4, ("q", "k")),
+        (False, 6, ()),
+        (True, 4, ("k",)),
+        (True, 6, ("q", "k")),
+    ],
+)
+@pytest.mark.usefixtures("converged")
+def test_layers_that_share_are_refitted_slot_by_slot(
+    interleaved: bool, dim: int, biases: Sequence[str]
+) -> None:
+    """A producer with the readers of both layers, then the consumer with inputs of its own."""
+    shape = Shape(rope_dim=dim, interleaved=interleaved, biases=biases, hidden=E)
+    layers = [random_layer(shape, seed=seed) for seed in (3, 4)]
+    groups, order = [(0, 2, 4, 6), (1, 3, 5, 7)], [0, 1, 4, 5, 2, 3, 6, 7]
+    merged, _ = merge_heads(layers, groups)
+    ready = [with_head_order(layer, plane_order(layers[0])) for layer in merged]
+    scoring = causal(T, dim // 2)
+    inputs = [randn(N, T, E, seed=6), randn(N, T, E, seed=7)]
+    seen = [_observed(*pair, order, scoring) for pair in zip(layers, inputs, strict=True)]
+    moved = inputs[1] + 0.1 * randn(N, T, E, seed=8)  # the consumer's in the converted model
+    produced = refit_projections(0, seen, ready, inputs[0], None, each=one_by_one, seed=5)
+    new_key = keys(produced[0], scoring, inputs[0])
+    fitted = refit_projections(
+        1, seen, produced, moved, (new_key, new_key), each=one_by_one, seed=5
+    )
+
+    bias, key_bias = "q" in biases, "k" in biases
+    targets = [
+        _original_scores(*pair, scoring)[:, order] for pair in zip(layers, inputs, strict=True)
+    ]
+    key_basis = basis_of(inputs[0], bias=key_bias)
+    for slot in range(2):
+        heads = slice(4 * slot, 4 * slot + 4)
+
+        def reader(place: int, given: Tensor, layer: AttentionLayer) -> Reader:
+            basis = basis_of(given, bias=bias)
+            rows = _biased(layer, "q")[heads] @ basis.there  # noqa: B023
+            return Reader(basis, rows, targets[place][:, heads], scoring)  # noqa: B023
+
+        readers = [reader(place, inputs[place], merged[place]) for place in range(2)]
+        rows = _biased(merged[0], "k")[slot] @ key_basis.there
+        rows = _fitted_in_turn(readers, key_basis.inputs, rows, seed=5)
+        for expected, place in zip(readers, range(2), strict=True):
+            _assert_rows(produced[place], "q", heads, expected.rows @ expected.basis.back)
+        _assert_rows(produced[0], "k", slice(slot, slot + 1), (rows @ key_basis.back)[None])
+        last = reader(1, moved, merged[1])
+        last.rows = readers[1].rows @ readers[1].basis.back @ last.basis.there
+        expected_rows = _dense_queries(last, _key(key_basis.inputs, rows, scoring), seed=5)
+        _assert_rows(fitted[1], "q", heads, expected_rows @ last.basis.back)
+    assert fitted[0] is produced[0]
+
+
+def _assert_rows(layer: AttentionLayer, part: str, heads: slice, expected: Tensor) -> None:
+    """Compare with weights, and biases in the last column if there are any; all in plane order."""
+    found, bias = getattr(layer, part), getattr(layer, f"{part}_bias")
+    if bias is not None:
+        found = torch.cat([found, bias[..., None]], -1)
+    assert_close(found[heads], expected, atol=1e-6 * float(expected.abs().max()))
+
+
+@biases
+def test_basis_makes_inputs_white_and_leads_back(bias: bool) -> None:
+    inputs = randn(N, 50, E, seed=1) * torch.tensor([0.1, 0.5, 2.0, 10.0])
+    basis = basis_of(inputs, bias=bias)
+    size = E + bias
+    flat = basis.inputs.flatten(0, 1)
+    identity = torch.eye(size, dtype=torch.float64)
+    assert_close(flat.T @ flat / len(flat), identity, atol=1e-8)
+    rows = randn(3, size, seed=2)
+    assert_close(rows @ basis.there @ basis.back, rows, atol=1e-10)
+    given = augmented(inputs) if bias else inputs
+    vectors = given @ rows.T
+    assert_close(basis.inputs @ (rows @ basis.there).T, vectors, atol=1e-10)
+
+
+def test_directions_that_do_not_occur_are_left_alone() -> None:
+    """A dim that is always zero has no say: what the projection made of it stays."""
+    inputs = randn(N, T, E, seed=1)
+    inputs[..., 2] = 0
+    basis = basis_of(inputs, bias=False)
+    assert torch.isfinite(basis.inputs).all()
+    rows = randn(HEADS, D, E, seed=2)
+    reader = Reader(basis, rows @ basis.there, randn(N, HEADS, T, T, seed=3), causal(T, 3))
+    refit_queries([reader], randn(N, T, D, seed=4), seed=5)
+    back = reader.rows @ basis.back
+    assert float((back - rows).abs().max()) > 0.1
+    assert_close(back[..., 2], rows[..., 2], atol=1e-8)
