@@ -163,21 +163,6 @@ def test_the_best_class_is_the_default_and_the_result_verifies(
     assert set(checks.values()) == {"ok"}, checks
 
 
-@pytest.mark.parametrize("merge", ["mean", "svd"])
-@pytest.mark.parametrize("name", [name for name in PATCHED if "clip" not in name])
-def test_as_many_heads_in_as_many_layers_are_the_source(
-    wide: Wide, tmp_path: Path, name: str, merge: str
-) -> None:
-    """A range of one layer shares with nobody, so nothing is to be lost."""
-    source = wide(name, None)
-    keys = {"method": "cla", "share": 2, "layers": "1:2", "merge": merge}
-    out = _convert(source, tmp_path / "same", **keys)
-    expected, actual = load(source), load(out)
-    assert type(actual) is type(expected)
-    ids = random_ids(expected)
-    assert_close(full_logits(actual, ids), full_logits(expected, ids), atol=1e-9)
-
-
 @pytest.mark.parametrize("name", [name for name in MODELS if ":" not in name])
 def test_inspect_names_the_class_that_is_written(
     checkpoint: Checkpoints, tmp_path: Path, name: str
