@@ -27,6 +27,7 @@ from kvpatch.errors import InputModelError, VerificationError
 __all__ = ["execute", "read_layer", "read_unit"]
 
 Progress = Callable[[int], None]
+Transform = Callable[[Tensor], Tensor]
 
 
 def execute(
@@ -112,39 +113,48 @@ class _Engine:
                     results += self._convert(step, writer)
                 elif step.constant is not None:
                     self._constant(step, step.constant, writer)
-                elif step.transform is not None:
-                    self._rewrite(step, writer)
-                elif step.outputs:
-                    self._copy(step, writer)
+                else:
+                    self._whole(step, writer)
             record = writer.finish()
         for file in {self.checkpoint.tensors[n].file for s in shard.steps for n in s.inputs}:
             self.checkpoint.check_unchanged(file)  # else a resumed run would trust this shard
         self.staging.record(shard.file, record, results)
 
-    def _copy(self, step: Step, writer: ShardWriter) -> None:
-        (name,), (spec,) = step.inputs, step.outputs
+    def _whole(self, step: Step, writer: ShardWriter) -> None:
+        """Write all that becomes of one tensor that no layer takes."""
+        for spec, rewrite in zip(step.outputs, step.rewrites, strict=True):
+            if rewrite.transform is None or rewrite.elementwise:
+                self._stream(step.inputs[0], spec, rewrite.transform, writer)
+            else:
+                self._rewrite(step.inputs[0], spec, rewrite.transform, writer)
+
+    def _stream(
+        self, name: str, spec: TensorSpec, transform: Transform | None, writer: ShardWriter
+    ) -> None:
+        """Copy one tensor piece by piece, or change its numbers on the way."""
         own = self.checkpoint.tensors[name].dtype
         for chunk in self.checkpoint.chunks(name):
             values = torch.frombuffer(chunk, dtype=own)
             finite = _is_finite(values)
             if not finite and not self.allow_nonfinite:
                 raise _nonfinite_source(self.checkpoint, name)
-            if own == spec.dtype:
+            if own == spec.dtype and transform is None:
                 writer.write(chunk)
             else:
-                cast = values.to(spec.dtype)
+                cast = (values if transform is None else transform(values)).to(spec.dtype)
                 if finite:
                     _check_result(cast, spec)
                 writer.write(tensor_bytes(cast))
             self.progress(len(chunk) * spec.dtype.itemsize // own.itemsize)
 
-    def _rewrite(self, step: Step, writer: ShardWriter) -> None:
+    def _rewrite(
+        self, name: str, spec: TensorSpec, transform: Transform, writer: ShardWriter
+    ) -> None:
         """Read one tensor as a whole, transform it, and write what comes out."""
-        assert step.transform is not None
-        tensor = self.checkpoint.read(step.inputs[0])
+        tensor = self.checkpoint.read(name)
         if not self.allow_nonfinite and not _is_finite(tensor):
-            raise _nonfinite_source(self.checkpoint, step.inputs[0])
-        self._write(step.outputs[0], step.transform(tensor), writer, check=_is_finite(tensor))
+            raise _nonfinite_source(self.checkpoint, name)
+        self._write(spec, transform(tensor), writer, check=_is_finite(tensor))
 
     def _constant(self, step: Step, value: float, writer: ShardWriter) -> None:
         spec = step.outputs[0]

@@ -3,6 +3,7 @@
 Shape letters, fixed in the whole project:
     B batch   T tokens   H query heads   Hkv KV heads   D width of a query/key head
     Dv width of a value head   E hidden width   R latent rank   L layers
+    Dn and Dr: dims of a latent layer's query without and with positions, D = Dn + Dr
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["AttentionLayer", "Geometry", "NormFormula", "NormLayout", "QkNorm", "Rope"]
+__all__ = [
+    "AttentionLayer",
+    "Geometry",
+    "LatentGeometry",
+    "LatentLayer",
+    "NormFormula",
+    "NormLayout",
+    "QkNorm",
+    "Rope",
+]
 
 NormLayout = Literal["shared", "per_head", "full"]
 NormFormula = Literal["rms", "rms_plus_one", "layer"]
@@ -103,3 +113,53 @@ class AttentionLayer:
     q_norm_bias: Tensor | None = None
     k_norm_bias: Tensor | None = None
     rope: Rope | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentGeometry:
+    """Sizes of a latent layer: E, H, R, Dn, Dr and Dv."""
+
+    hidden: int
+    heads: int
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentLayer:
+    """Multi-head latent attention of one layer (arXiv:2405.04434, section 2.1), without norms.
+
+    An input x gives every token one latent ``c = latent x`` and one rotary key ``r = RoPE(k_rope x
+    + k_rope_bias)``, which is all that is cached. Query head h, ``q_h = q x + q_bias``, scores a
+    token with ``scale * (q_h[:Dn] . (k_up_h c) + RoPE(q_h[Dn:]) . r)`` and reads ``v_up_h c``.
+
+    Args:
+        geometry: Sizes.
+        q: [H, Dn + Dr, E].
+        latent: [R, E].
+        k_rope: [Dr, E]; pair i is dims (2i, 2i + 1).
+        k_up: [H, Dn, R].
+        v_up: [H, Dv, R].
+        o: [E, H, Dv].
+        q_bias: [H, Dn + Dr].
+        k_rope_bias: [Dr].
+        o_bias: [E].
+        planes: For each pair of the rotary key the RoPE plane of the source whose frequency it
+            has; Dr / 2 numbers, in any order and any number of times.
+        scale: Factor on the scores.
+    """
+
+    geometry: LatentGeometry
+    q: Tensor
+    latent: Tensor
+    k_rope: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_rope_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    planes: tuple[int, ...]
+    scale: float

@@ -203,8 +203,13 @@ def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method
     """Memory of a step: chunk buffers, and for a layer its tensors before and after."""
     buffers = 6 * CHUNK_BYTES
     if not step.layers:
-        whole = sum(tensors[name].nbytes for name in step.inputs) + 2 * step.nbytes
-        return buffers + (0 if step.transform is None else whole)
+        whole = sum(tensors[name].nbytes for name in step.inputs)
+        made = [  # one output at a time
+            spec.nbytes
+            for spec, rewrite in zip(step.outputs, step.rewrites, strict=False)
+            if rewrite.transform is not None and not rewrite.elementwise
+        ]
+        return buffers + (whole + 2 * max(made) if made else 0)
     target = step.outputs[0].dtype  # a cast widens what is read before it is converted
     held, results, raw = [], 0, 0
     for info in (tensors[name] for name in step.inputs):
@@ -219,9 +224,10 @@ def _working_bytes(step: Step, tensors: Mapping[str, TensorInfo], method: Method
 
 def _fate(info: TensorInfo, written: TensorSpec | None, step: Step) -> Fate:
     if not step.layers and step.outputs:
-        (written,) = step.outputs
+        written = step.outputs[0]  # of several, the first stands for all
         changed = "copy" if written.dtype == info.dtype else "cast"
-        return Fate(info.name, "rewrite" if step.transform else changed, info.shape, written.shape)
+        action = "rewrite" if any(r.transform for r in step.rewrites) else changed
+        return Fate(info.name, action, info.shape, written.shape)
     if written is not None:
         return Fate(info.name, "convert", info.shape, written.shape)
     elsewhere = {spec.name for spec in step.outputs} - set(step.inputs)

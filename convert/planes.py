@@ -19,6 +19,7 @@ from convert.layer import Rope
 __all__ = [
     "Merged",
     "Planes",
+    "floored",
     "join",
     "key_covariance",
     "merge_complex",
@@ -96,7 +97,7 @@ def merge_complex(members: Tensor, weights: Tensor, moment: Tensor | None) -> Me
     Returns:
         ``rows`` [P, E'] and ``maps`` [g, P] = c, with z scaled to the mean power of the members.
     """
-    weights = _floored(weights)
+    weights = floored(weights)
     covariance = _covariance(_weighted(members, weights), moment)
     values, vectors = torch.linalg.eigh(covariance)
     # an eigenvector has a free phase: the largest entry is made real and positive
@@ -143,7 +144,7 @@ def merge_real(members: Tensor, metrics: Tensor, moment: Tensor | None) -> Merge
 
 def key_covariance(heads: Tensor, weights: Tensor, moment: Tensor | None) -> Tensor:
     """Weighted covariance [P, n, n] of n heads in each plane; see ``merge_complex``."""
-    return _covariance(_weighted(heads, _floored(weights)), moment)
+    return _covariance(_weighted(heads, floored(weights)), moment)
 
 
 def real_covariance(heads: Tensor, metrics: Tensor, moment: Tensor | None) -> Tensor:
@@ -166,7 +167,7 @@ def _read(rows: Tensor, moment: Tensor | None) -> Tensor:
     return rows if moment is None else rows @ moment.to(rows.dtype)
 
 
-def _floored(weights: Tensor) -> Tensor:
+def floored(weights: Tensor) -> Tensor:
     """Weights with the zeros lifted, so that their roots can be divided by."""
     mean = weights.mean(0)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))

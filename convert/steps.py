@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 from convert.checkpoint.safetensors_header import TensorInfo
 from convert.facts import ModelFacts
 from convert.families import pack, tensor_names, unpack
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Method
-from convert.targets import Target
+from convert.targets import Rewrite, Target
 from kvpatch.errors import InputModelError
 
 __all__ = ["Step", "Steps", "TensorSpec", "emit", "units_of"]
@@ -46,14 +46,14 @@ class Step:
         outputs: Tensors written, in this order.
         layers: Decoder layers that the method converts together; none where one tensor is copied,
             cast, rewritten or dropped, or where a constant is added.
-        transform: What is done to a tensor as a whole.
+        rewrites: Where one tensor is copied, cast or rewritten, how each output comes of it.
         constant: Value of all entries of an output that has no input.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
     layers: tuple[int, ...] = ()
-    transform: Callable[[Tensor], Tensor] | None = None
+    rewrites: tuple[Rewrite, ...] = ()
     constant: float | None = None
 
     @property
@@ -97,7 +97,7 @@ class Steps:
                 )
             unit = unit_of.get(name)
             if unit is None:
-                yield from self._whole(name, info)
+                yield self._whole(name, info)
             elif unit not in done:
                 done.add(unit)
                 yield self._unit(unit, inputs[unit], outlines)
@@ -116,17 +116,16 @@ class Steps:
             prefix = self.facts.family.layer_prefix.format(layer=layer)
             yield from (prefix + name for name in self.target.folds)
 
-    def _whole(self, name: str, info: TensorInfo) -> Iterator[Step]:
+    def _whole(self, name: str, info: TensorInfo) -> Step:
         """The step of a tensor that no layer takes."""
-        rewrite = self.target.rename(name)
-        if rewrite is None:
-            yield Step((name,), ())
-            return
-        shape = info.shape
-        if rewrite.transform is not None:
-            shape = tuple(rewrite.transform(_zeros(info.dtype, shape)).shape)
-        spec = TensorSpec(rewrite.name, _cast(info.dtype, self.dtype), shape)
-        yield Step((name,), (spec,), transform=rewrite.transform)
+        rewrites = self.target.rewrites(name)
+        specs = []
+        for rewrite in rewrites:
+            shape = info.shape
+            if rewrite.transform is not None and not rewrite.elementwise:
+                shape = tuple(rewrite.transform(_zeros(info.dtype, shape)).shape)
+            specs.append(TensorSpec(rewrite.name, _cast(info.dtype, self.dtype), shape))
+        return Step((name,), tuple(specs), rewrites=rewrites)
 
     def _unit(
         self, unit: tuple[int, ...], names: list[str], outlines: dict[Any, list[list[TensorSpec]]]
@@ -192,7 +191,7 @@ def _outline(
 
 
 def emit(
-    after: AttentionLayer,
+    after: AttentionLayer | LatentLayer,
     tensors: Mapping[str, Tensor],
     facts: ModelFacts,
     target: Target,
@@ -211,7 +210,7 @@ def emit(
     result = target.family.layer_prefix.format(layer=layer)
     folds = {name: tensors[source + name] for name in target.folds if source + name in tensors}
     folded, others = target.fold(after, folds)
-    written = pack(folded, target.family, layer)
+    written = {} if folded is None else pack(folded, target.family, layer)
     return written | {result + name: tensor for name, tensor in others.items()}
 
 

@@ -71,28 +71,51 @@ def multi_head_cache(
         bytes_per_value: Width of a stored number.
     """
     own = kv_heads * (head_dim + (head_dim if value_dim is None else value_dim))
-    spans = windows if windows is not None else [None] * layers
-    read = range(layers) if sources is None else sources
-    return KVCache(
-        tuple(
-            LayerCache(own if read[layer] == layer else 0, _longest(spans, read, layer))
-            for layer in range(layers)
-        ),
-        bytes_per_value,
-    )
+    return _cache([own] * layers, sources, windows, bytes_per_value)
 
 
 def latent_cache(
     *,
     layers: int,
-    rank: int,
-    rope_dim: int,
+    rank: int | Sequence[int],
+    rope_dim: int | Sequence[int],
+    sources: Sequence[int] | None = None,
     windows: Sequence[int | None] | None = None,
     bytes_per_value: int = 2,
 ) -> KVCache:
-    """Cache of MLA: one latent of ``rank`` and one rotary key of ``rope_dim`` per token."""
-    spans = windows if windows is not None else [None] * layers
-    return KVCache(tuple(LayerCache(rank + rope_dim, span) for span in spans), bytes_per_value)
+    """Cache of MLA, and of CLA where layers read the latents of another.
+
+    Args:
+        layers: Number of decoder layers.
+        rank: Width of the latent, of all layers or of each.
+        rope_dim: Width of the rotary key, of all layers or of each.
+        sources: For each layer the one whose latents it reads; None if all have their own.
+        windows: As in ``multi_head_cache``.
+        bytes_per_value: Width of a stored number.
+    """
+    ranks, ropes = (
+        [width] * layers if isinstance(width, int) else width for width in (rank, rope_dim)
+    )
+    own = [one + other for one, other in zip(ranks, ropes, strict=True)]
+    return _cache(own, sources, windows, bytes_per_value)
+
+
+def _cache(
+    own: Sequence[int],
+    sources: Sequence[int] | None,
+    windows: Sequence[int | None] | None,
+    bytes_per_value: int,
+) -> KVCache:
+    """Cache of layers that would each store ``own`` numbers, if none read another's."""
+    spans = windows if windows is not None else [None] * len(own)
+    read = range(len(own)) if sources is None else sources
+    return KVCache(
+        tuple(
+            LayerCache(values if read[layer] == layer else 0, _longest(spans, read, layer))
+            for layer, values in enumerate(own)
+        ),
+        bytes_per_value,
+    )
 
 
 def _longest(windows: Sequence[int | None], sources: Sequence[int], layer: int) -> int | None:

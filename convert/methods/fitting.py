@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 # output, then values and output: measured, a third round gains little
-_OUTCOME_ROUNDS = 3
+import os
+_OUTCOME_ROUNDS = int(os.environ.get("KV_ROUNDS", "3"))
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
 _COMPARED_TOKENS = 512
 
@@ -173,6 +174,7 @@ def refit_projections(
                 rows[at][heads],
                 observed[at].scores(observed[at].query_order[heads]),
                 _for_heads(observed[at].scoring, observed[at].query_order[heads]),
+                float(os.environ.get("KV_KLATER", "1")) if at else 1.0,
             )
             for at in places
         ]
@@ -201,6 +203,7 @@ def refit_outcome(
     shared: Shared,
     target: Tensor,
     seed: int,
+    basis: Basis | None = None,
 ) -> list[AttentionLayer]:
     """Refit the output projection of a layer, and its value projection if it produces values.
 
@@ -215,46 +218,55 @@ def refit_outcome(
         shared: Keys and values of the producer.
         target: [N, T, E] what this layer's attention should give.
         seed: Of the fits.
+        basis: What the values are made of; None for the inputs.
 
     Returns:
         The converted layers with their new projections.
     """
     fitted = list(converted)
-    scoring = observed[place].scoring
-    for turn in range(_OUTCOME_ROUNDS if place == 0 else 1):
+    if basis is None:
+        basis = basis_of(inputs, bias=converted[0].v_bias is not None)
+    produces = place == 0
+    places = range(len(observed)) if produces else range(place, place + 1)
+    inputs_of = {at: inputs if at == place else observed[at].inputs for at in places}
+    targets = {at: target if at == place else observed[at].outputs for at in places}
+    for turn in range(_OUTCOME_ROUNDS if produces else 1):
         if turn:
-            later = range(1, len(observed))
-            targets = [target, *(observed[at].outputs for at in later)]
-            fitted[0] = _refit_all_values(observed, fitted, inputs, shared, targets, seed=seed)
-            shared = (shared[0], values(fitted[0], scoring, inputs))
-        heads = head_outputs(fitted[place], scoring, inputs, shared)
-        output, bias = fitted[place].o, fitted[place].o_bias
-        assert output is not None
-        o, o_bias = refit_output(heads, target, output, bias)
-        fitted[place] = dataclasses.replace(fitted[place], o=o, o_bias=o_bias)
+            fitted[0] = _refit_all_values(
+                observed, fitted, inputs_of, shared, targets, basis, seed=seed
+            )
+            shared = (shared[0], values(fitted[0], observed[0].scoring, inputs))
+        for at in places:
+            heads = head_outputs(fitted[at], observed[at].scoring, inputs_of[at], shared)
+            output, bias = fitted[at].o, fitted[at].o_bias
+            assert output is not None
+            o, o_bias = refit_output(heads, targets[at], output, bias)
+            fitted[at] = dataclasses.replace(fitted[at], o=o, o_bias=o_bias)
     return fitted
 
 
 def _refit_all_values(
     observed: Sequence[Observed],
     converted: Sequence[AttentionLayer],
-    inputs: Tensor,
+    inputs_of: Mapping[int, Tensor],
     shared: Shared,
-    targets: Sequence[Tensor],
+    targets: Mapping[int, Tensor],
+    basis: Basis,
     *,
     seed: int,
 ) -> AttentionLayer:
     """Refit the value projection of a producer, one KV head after the other."""
     layer = converted[0]
-    basis = basis_of(inputs, bias=layer.v_bias is not None)
     rows = _rows(layer, "v", basis)
     group = layer.geometry.group
-    missing = [target.clone() for target in targets]  # beside what all heads give as they stand
-    inputs_of = [inputs, *(item.inputs for item in observed[1:])]
+    # beside what all heads give as they stand
+    missing = [targets[at].clone() for at in range(len(converted))]
     # each layer counts by the share of its outcome that it loses, unless that is next to nothing
-    powers = torch.stack([target.square().mean() for target in targets])
+    powers = torch.stack([target.square().mean() for target in missing])
     floor = _FAINT * powers.max() if powers.any() else 1.0
     scales = powers.clamp(min=floor).rsqrt()
+    import os
+    scales[1:] *= float(os.environ.get("KV_LATER", "1"))
     for at, item in enumerate(converted):
         mixed = head_outputs(item, observed[at].scoring, inputs_of[at], shared)
         missing[at] -= projected(item, mixed)

@@ -20,12 +20,14 @@ from torch import Tensor
 from convert.methods.attention import Scoring, rotate, weights
 from convert.methods.least_squares import solve, total
 
-__all__ = ["Basis", "Reader", "basis_of", "refit_queries", "refit_scores"]
+__all__ = ["Basis", "Reader", "Ruler", "basis_of", "refit_queries", "refit_scores"]
 
 # of the mean diagonal of the normal matrix, towards the merged weights
-_RIDGE = 1e-2
+import os
+_RIDGE = float(os.environ.get("KV_SR","1e-2"))
 # of conjugate gradients: measured, ten lose a seventh more, forty gain a twentieth
-_STEPS = 20
+import os
+_STEPS = int(os.environ.get("KV_STEPS","20"))
 # times that keys and queries are solved in turn: measured, three gain what costs half more
 _ROUNDS = 1
 _FLOOR = 1e-6  # of the largest variance of the inputs: directions below it are left alone
@@ -63,6 +65,7 @@ class Reader:
     rows: Tensor
     target: Tensor
     scoring: Scoring
+    share: float = 1.0
 
 
 def basis_of(inputs: Tensor, *, bias: bool) -> Basis:
@@ -86,7 +89,7 @@ def refit_queries(readers: Sequence[Reader], key: Tensor, *, seed: int) -> None:
         seed: Of the probe that measures the scale of the ridge.
     """
     for reader in readers:
-        _Ruler(reader).fit_queries(key, seed)
+        Ruler(reader).fit_queries(key, seed)
 
 
 def refit_scores(
@@ -103,7 +106,7 @@ def refit_scores(
     Returns:
         The new key projection.
     """
-    rulers = [_Ruler(reader) for reader in readers]
+    rulers = [Ruler(reader) for reader in readers]
     turn = readers[0].scoring.turn
 
     def fit_queries(rows: Tensor) -> None:
@@ -118,7 +121,7 @@ def refit_scores(
     return key_rows
 
 
-class _Ruler:
+class Ruler:
     """The metric in which the scores of one reader are fitted, window by window."""
 
     def __init__(self, reader: Reader) -> None:
@@ -136,7 +139,7 @@ class _Ruler:
             error = self.slope[window] * error
         weighted = self.weights[window] * error
         mean = weighted.sum(-1, keepdim=True)
-        weighted = torch.addcmul(weighted, self.weights[window], mean, value=-1)
+        weighted = torch.addcmul(weighted, self.weights[window], mean, value=-1) * self.reader.share
         return weighted if self.slope is None else self.slope[window] * weighted
 
     def queries(self, window: int, rows: Tensor) -> Tensor:
@@ -163,9 +166,40 @@ class _Ruler:
             normal, pull, self.reader.rows, ridge=_RIDGE, steps=_STEPS, seed=seed
         )
 
+    def fit_still_keys(self, turning: Tensor, inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+        """Refit the map [Dn, R] that gives the dims of a key without rotation; queries stand.
+
+        Args:
+            turning: [N, T, Dr] the rotated dims, which come first and stand.
+            inputs: [N, T, R] what the others are made of.
+            rows: [Dn, R] the map so far.
+            seed: Of the probe that measures the scale of the ridge.
+        """
+        width = turning.shape[-1]
+        query = [self.queries(n, self.reader.rows) for n in range(len(inputs))]
+
+        def gradient(window: int, weighted: Tensor) -> Tensor:
+            back = (weighted.mT @ query[window][..., width:]).sum(0)
+            return back.mT @ inputs[window]
+
+        def normal(rows: Tensor) -> Tensor:
+            def of(window: int) -> Tensor:
+                key = inputs[window] @ rows[0].mT
+                scores = query[window][..., width:] @ key.mT
+                return gradient(window, self.measure(window, scores))
+
+            return total(of(n) for n in range(len(inputs)))[None]
+
+        def missing(window: int) -> Tensor:
+            standing = query[window][..., :width] @ turning[window].mT
+            return self.pull[window] - self.measure(window, standing)
+
+        pull = total(gradient(n, missing(n)) for n in range(len(inputs)))
+        return solve(normal, pull[None], rows[None], ridge=_RIDGE, steps=_STEPS, seed=seed)[0]
+
 
 def _fit_keys(
-    rulers: Sequence[_Ruler], inputs: Tensor, rows: Tensor, turn: Tensor, seed: int
+    rulers: Sequence[Ruler], inputs: Tensor, rows: Tensor, turn: Tensor, seed: int
 ) -> Tensor:
     """Refit the key projection [D, E'] for the queries as they stand."""
     query = [[ruler.queries(n, ruler.reader.rows) for n in range(len(inputs))] for ruler in rulers]

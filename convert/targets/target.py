@@ -21,21 +21,25 @@ __all__ = [
     "moved_parts",
 ]
 
-Fold = Callable[[AttentionLayer, Mapping[str, Tensor]], tuple[AttentionLayer, Mapping[str, Tensor]]]
+# takes what the method made of a layer, an AttentionLayer or a LatentLayer, and its other tensors
+Fold = Callable[[Any, Mapping[str, Tensor]], tuple[AttentionLayer | None, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What becomes of one tensor outside the converted attention.
+    """One tensor of the result made of one outside the converted attention.
 
     Args:
         name: Its name in the result.
-        transform: What is done to the whole tensor; None where its bytes are copied. Cheap and
-            pure, so that the plan can run it on a tensor without data to learn the shape.
+        transform: What is done to the tensor; None where its bytes are copied. Cheap and pure, so
+            that the plan can run it on a tensor without data to learn the shape.
+        elementwise: Whether it maps every number by itself, so that the tensor need not be held as
+            a whole. It may then give a wider dtype, to be rounded once.
     """
 
     name: str
     transform: Callable[[Tensor], Tensor] | None = None
+    elementwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,10 @@ class Target:
             checkpoint need not have them all. They go to ``fold``, not to ``rename``.
         fold: Exact rewrite of a converted layer and of its ``folds`` to what the result's class
             expects. Takes ``folds`` without the source's layer prefix and gives tensors without
-            that of the result. A field that is None stays None, unless the class demands it.
-        rename: Fate of every tensor that no layer takes; None where the result has no such tensor.
+            that of the result. A field that is None stays None, unless the class demands it. The
+            layer is None where the tensors are all of it, and ``family`` packs nothing.
+        rename: Fate of every tensor that no layer takes: what it becomes, several tensors where
+            the result has it in parts or twice; None where the result has no such tensor.
             Raises InputModelError on a tensor that has no place in the result.
         constants: Tensors that are added.
     """
@@ -94,8 +100,22 @@ class Target:
     reads: frozenset[str] = frozenset()
     folds: tuple[str, ...] = ()
     fold: Fold = keep_layer
-    rename: Callable[[str], Rewrite | None] = Rewrite
+    rename: Callable[[str], Rewrite | tuple[Rewrite, ...] | None] = Rewrite
     constants: tuple[Constant, ...] = ()
+
+    def rewrites(self, name: str) -> tuple[Rewrite, ...]:
+        """What becomes of a tensor that no layer takes; nothing if it is dropped.
+
+        Args:
+            name: Its name in the source.
+
+        Raises:
+            InputModelError: If it has no place in the result.
+        """
+        fate = self.rename(name)
+        if fate is None:
+            return ()
+        return fate if isinstance(fate, tuple) else (fate,)
 
 
 def moved_parts(source: Family, result: Family) -> frozenset[str]:

@@ -19,7 +19,7 @@ from .families_kvpatch import Family
 from .scores_kvpatch import combined_mask, eager_attention, visible
 from .sharing_kvpatch import SharedKV, current_kv
 
-__all__ = ["KVAttention", "attention_class"]
+__all__ = ["KVAttention", "Rotation", "attention_class", "sinusoids", "turned_pairs"]
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -36,13 +36,11 @@ class KVAttention(nn.Module):
 
     def __init__(self, stock: Any, config: Any, layer_idx: int, family: Family) -> None:
         nn.Module.__init__(self)  # not that of the stock class, of which we have only the name
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        hidden = config.hidden_size
         self.config = config
         self.family = family
         self.layer_idx = layer_idx
-        self.head_dim = getattr(config, "head_dim", None) or hidden // heads
-        self.num_key_value_groups = heads // kv_heads
+        heads = config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.is_causal = getattr(stock, "is_causal", True)
         self.scaling = _scale(stock, family.scale, self.head_dim)
         self.clip = reduce(getattr, family.clip, config) if family.clip else None
@@ -58,7 +56,17 @@ class KVAttention(nn.Module):
         modes = config.kv_sharing_modes
         self.mode = None if modes is None else modes[layer_idx]
         self.source = layer_idx if modes is None else config.kv_source_layers[layer_idx]
+        self._add_projections(stock)
 
+    def reset_buffers(self) -> None:
+        """Compute what is in no checkpoint and was lost on the way from the meta device."""
+
+    def _add_projections(self, stock: Any) -> None:
+        """Make the modules that hold the weights."""
+        config, family = self.config, self.family
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        hidden = config.hidden_size
+        self.num_key_value_groups = heads // kv_heads
         bias = getattr(stock, family.projection).bias is not None
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
         self.q_norm_name = self._take(stock, family.q_norm)
@@ -104,30 +112,14 @@ class KVAttention(nn.Module):
         """
         kv_cache = past_key_values if past_key_values is not None else layer_past
         rotate = self._rotation(position_embeddings, position_ids) if alibi is None else None
-        query = self._project(self.q_proj, hidden_states, self.q_norm_name)
-        query = query if rotate is None else rotate(query)
+        query = self._queries(hidden_states, rotate)
         key, value = self._keys_and_values(hidden_states, rotate, kv_cache, shared_kv_states)
         if alibi is not None and not self.family.alibi_in_mask:
             position_bias = alibi.view(query.shape[0], query.shape[1], 1, -1)
         elif position_bias is not None:
             position_bias = position_bias[..., -key.shape[2] :]
         mask = self._mask(attention_mask, query, key, kv_cache, position_bias)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            position_ids=position_ids,
-            **({} if self.softcap is None else {"softcap": self.softcap}),
-            **kwargs,
-        )
+        output, weights = self._attend(query, key, value, mask, position_ids=position_ids, **kwargs)
         output = self.o_proj(output.flatten(2))
         output = nn.functional.dropout(output, self.output_dropout, self.training)
         return output if residual is None else residual + output, weights
@@ -138,6 +130,39 @@ class KVAttention(nn.Module):
             return None
         self.add_module(name, getattr(stock, name))
         return name
+
+    def _queries(self, hidden_states: Tensor, rotate: Rotation | None) -> Tensor:
+        """Queries [B, H, T, D], turned to their positions."""
+        query = self._project(self.q_proj, hidden_states, self.q_norm_name)
+        return query if rotate is None else rotate(query)
+
+    def _own_keys_and_values(
+        self, hidden_states: Tensor, rotate: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """What this layer caches of the tokens at hand: [B, Hkv, T, D] and [B, Hkv, T, Dv]."""
+        key = self._project(self.k_proj, hidden_states, self.k_norm_name)
+        key = key if rotate is None else rotate(key)
+        return key, self._project(self.v_proj, hidden_states, None)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, T, H, Dv] of the attention function that the model is set to, and weights."""
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        return attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **({} if self.softcap is None else {"softcap": self.softcap}),
+            **kwargs,
+        )
 
     def _project(self, projection: nn.Linear, hidden_states: Tensor, norm: str | None) -> Tensor:
         """Heads [B, H, T, D] of a projection, clamped and normed."""
@@ -163,7 +188,11 @@ class KVAttention(nn.Module):
             return None
         if self.rotary is None:
             assert positions is not None
-            return _pair_rotation(positions, self.config.rotary_dim)
+            width = self.config.rotary_dim
+            table = sinusoids(positions, width)
+            return lambda states: torch.cat(
+                (turned_pairs(states[..., :width], *table), states[..., width:]), -1
+            )
         assert embeddings is not None
         cos, sin = embeddings
         turn, width = self.rotary, cos.shape[-1]
@@ -192,9 +221,7 @@ class KVAttention(nn.Module):
                 )
             if self.mode == "reuse":
                 return shared.read(self.source, hidden_states.device)
-        key = self._project(self.k_proj, hidden_states, self.k_norm_name)
-        key = key if rotate is None else rotate(key)
-        value = self._project(self.v_proj, hidden_states, None)
+        key, value = self._own_keys_and_values(hidden_states, rotate)
         if kv_cache is not None:
             key, value = kv_cache.update(key, value, self.layer_idx)
         if shared is not None and self.mode == "store":
@@ -219,9 +246,34 @@ class KVAttention(nn.Module):
 
 
 @cache
-def attention_class(stock: type[nn.Module]) -> type[KVAttention]:
+def attention_class(own: type[KVAttention], stock: type[nn.Module]) -> type[KVAttention]:
     """Our attention under the stock class, so that whoever looks for attention modules finds it."""
-    return type(f"Kvpatch{stock.__name__}", (KVAttention, stock), {"__module__": __name__})
+    return type(f"Kvpatch{stock.__name__}", (own, stock), {"__module__": __name__})
+
+
+def sinusoids(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, width / 2] as GPT-J has them.
+
+    Args:
+        positions: [B, T].
+        width: Dims that rotate; pair i by ``position * 10000 ** (-2i / width)``.
+    """
+    even = torch.arange(0, width, 2, device=positions.device).float()
+    angles = positions[:, None, :, None].float() * (1.0 / 10000 ** (even / width))
+    return angles.cos(), angles.sin()
+
+
+def turned_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States [B, H, T, 2P] with every pair (2i, 2i + 1) rotated.
+
+    Args:
+        states: Heads.
+        cos: Of the angle of each pair, broadcast to [B, H, T, P].
+        sin: Same.
+    """
+    first, second = states[..., ::2], states[..., 1::2]
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
 
 
 def _scale(stock: Any, scale: str | float | None, head_dim: int) -> float:
@@ -248,23 +300,3 @@ def _stock_rotary(stock: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         type(stock).__module__
     ].apply_rotary_pos_emb
     return function
-
-
-def _pair_rotation(positions: Tensor, width: int) -> Rotation:
-    """Rotation of the pairs (2i, 2i + 1) of the first ``width`` dims, as GPT-J has it.
-
-    Args:
-        positions: [B, T].
-        width: Dims that rotate; pair i by ``position * 10000 ** (-2i / width)``.
-    """
-    even = torch.arange(0, width, 2, device=positions.device).float()
-    angles = positions[:, None, :, None].float() * (1.0 / 10000 ** (even / width))
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotate(states: Tensor) -> Tensor:
-        first, second = states[..., :width:2], states[..., 1:width:2]
-        c, s = cos.to(states.dtype), sin.to(states.dtype)
-        turned = torch.stack((first * c - second * s, second * c + first * s), -1).flatten(-2)
-        return torch.cat((turned, states[..., width:]), -1)
-
-    return rotate

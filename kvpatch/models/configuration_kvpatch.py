@@ -1,20 +1,20 @@
-"""Config classes of converted models: the stock config, plus who reads whose keys and values.
+"""Config classes of converted models: the stock config, plus what is cached and who reads it.
 
 ``KvpatchLlamaConfig`` and its like are attributes of this module, made when first asked for.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any
 
 from .families_kvpatch import FAMILIES, Family
 
-__all__ = ["SharedKVConfig", "check_sharing", "config_class"]
+__all__ = ["SharedKVConfig", "check_config", "config_class"]
 
 # config lists with one entry per layer that a reader and its source must agree in
-_KINDS = ("layer_types", "no_rope_layers")
+_KINDS = ("layer_types", "no_rope_layers", "kv_lora_rank", "kv_rope_planes")
 
 
 class SharedKVConfig:
@@ -24,10 +24,20 @@ class SharedKVConfig:
         num_key_value_heads: KV heads of every layer that has its own; all heads if None.
         kv_source_layers: Entry i is the layer whose keys and values layer i reads, itself or an
             earlier one that has its own (CLA, arXiv:2405.12981). None: every layer has its own.
+        kv_lora_rank: Dims of the latent that each layer caches in place of keys and values (MLA,
+            arXiv:2405.04434). None: ordinary attention; the next three are None then, too.
+        kv_rope_planes: For each layer and each pair of its rotary key the plane of the stock
+            model's rotary table that turns it; in any order, any number of times, or none.
+        qk_nope_head_dim: Dims of a query or key head without positions.
+        v_head_dim: Dims of a value head.
     """
 
     family: Family
     kv_source_layers: list[int] | None
+    kv_lora_rank: list[int] | None
+    kv_rope_planes: list[list[int]] | None
+    qk_nope_head_dim: int | None
+    v_head_dim: int | None
     num_key_value_heads: int | None
     num_attention_heads: int
 
@@ -37,7 +47,19 @@ class SharedKVConfig:
             self.auto_map = self.family.auto_map
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        check_sharing(self)
+        check_config(self)
+
+    @property
+    def qk_head_dim(self) -> int | None:
+        """Dims of the widest query head of a latent model; None for ordinary attention.
+
+        It tells transformers that a static cache cannot be sized before it is written to.
+        """
+        if self.kv_lora_rank is None:
+            return None
+        assert self.qk_nope_head_dim is not None
+        assert self.kv_rope_planes is not None
+        return self.qk_nope_head_dim + 2 * max(map(len, self.kv_rope_planes))
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
@@ -55,12 +77,12 @@ class SharedKVConfig:
         ]
 
 
-def check_sharing(config: Any) -> None:
-    """Check the KV heads and the sources of a converted model's config.
+def check_config(config: Any) -> None:
+    """Check the KV heads, the latents and the sources of a converted model's config.
 
     Raises:
-        ValueError: Saying which layer reads what, and what would be right. It is the error of
-            config validation in transformers; this file cannot know those of kvpatch.
+        ValueError: Saying what is wrong in which layer, and what would be right. It is the error
+            of config validation in transformers; this file cannot know those of kvpatch.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads < 1 or heads % kv_heads:
@@ -70,9 +92,66 @@ def check_sharing(config: Any) -> None:
         )
     if getattr(config, "add_cross_attention", False):
         raise ValueError("add_cross_attention is true, but only decoders alone are supported")
-    sources = config.kv_source_layers
-    if sources is None:
+    _check_latents(config)
+    if config.kv_source_layers is not None:
+        _check_sources(config, config.kv_source_layers)
+
+
+def _check_latents(config: Any) -> None:
+    lists = ("kv_lora_rank", "kv_rope_planes")
+    keys = (*lists, "qk_nope_head_dim", "v_head_dim")
+    absent = [key for key in keys if getattr(config, key) is None]
+    if len(absent) == len(keys):
         return
+    if absent:
+        raise ValueError(f"{', '.join(keys)} belong together, but there is no {', '.join(absent)}")
+    for key in lists:
+        entries, layers = getattr(config, key), config.num_hidden_layers
+        if len(entries) != layers:
+            raise ValueError(
+                f"{key} has {len(entries)} entries, but there are {layers} layers "
+                "(num_hidden_layers): give one entry per layer"
+            )
+    for key, least in (("qk_nope_head_dim", 0), ("v_head_dim", 1)):
+        if not _counts(getattr(config, key), least):
+            raise ValueError(f"{key} is {getattr(config, key)!r}: give a number from {least} on")
+    if config.family.clip and reduce(getattr, config.family.clip, config):
+        key = ".".join(config.family.clip)
+        raise ValueError(f"{key} clamps keys and values, which latent attention does not have")
+    for layer, (rank, planes) in enumerate(zip(*(getattr(config, k) for k in lists), strict=True)):
+        if not _counts(rank, 1):
+            raise ValueError(f"kv_lora_rank: layer {layer} has {rank!r}: give a number from 1 on")
+        _check_planes(config, layer, planes)
+
+
+def _check_planes(config: Any, layer: int, planes: list[int]) -> None:
+    """Check what config.json alone says; the model knows how many planes its table has."""
+    family: Family = config.family
+    if planes and (family.rotary is None or getattr(config, "alibi", False)):
+        raise ValueError(
+            f"kv_rope_planes: layer {layer} has {planes}, but this model has no rotary positions: "
+            "give an empty list for every layer"
+        )
+    width = getattr(config, "rotary_dim" if family.rotary == "sinusoids" else "head_dim", None)
+    count = (width or config.hidden_size // config.num_attention_heads) // 2
+    for plane in planes:
+        if not _counts(plane, 0) or plane >= count:
+            raise ValueError(
+                f"kv_rope_planes: layer {layer} has {plane!r}, but a head has the planes "
+                f"0 to {count - 1}"
+            )
+    if not planes and not config.qk_nope_head_dim:
+        raise ValueError(
+            f"kv_rope_planes: layer {layer} has none, and qk_nope_head_dim is 0: its queries "
+            "would have no dims at all"
+        )
+
+
+def _counts(number: object, least: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
+def _check_sources(config: Any, sources: list[int]) -> None:
     layers = config.num_hidden_layers
     if len(sources) != layers:
         raise ValueError(
@@ -110,7 +189,13 @@ def check_sharing(config: Any) -> None:
 def config_class(family: Family) -> type[Any]:
     """The config class of a family; imports its stock config."""
     stock = getattr(import_module(f"{family.stock_package}"), f"{family.stem}Config")
-    own: dict[str, Any] = {"kv_source_layers": "list[int] | None"}
+    own: dict[str, Any] = {
+        "kv_source_layers": "list[int] | None",
+        "kv_lora_rank": "list[int] | None",
+        "kv_rope_planes": "list[list[int]] | None",
+        "qk_nope_head_dim": "int | None",
+        "v_head_dim": "int | None",
+    }
     if not family.native_gqa:
         own["num_key_value_heads"] = "int | None"
     return type(
@@ -118,7 +203,7 @@ def config_class(family: Family) -> type[Any]:
         (SharedKVConfig, stock),
         {
             "__module__": __name__,
-            "__doc__": f"{stock.__name__} with ``num_key_value_heads`` and ``kv_source_layers``.",
+            "__doc__": f"{stock.__name__} with fewer, shared or latent keys and values.",
             "__annotations__": own,
             "family": family,
             "model_type": family.converted_type,

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import conversion_mapping
 
 from .attention_kvpatch import KVAttention, attention_class
-from .configuration_kvpatch import check_sharing, config_class
+from .configuration_kvpatch import check_config, config_class
 from .families_kvpatch import FAMILIES, Family
+from .latent_kvpatch import LatentAttention, check_table
 from .sharing_kvpatch import SharedKV, current_kv, empty_readers, handing_down
 
 __all__ = ["KVHolder", "KVStack", "causal_lm_class", "model_class"]
@@ -28,7 +29,9 @@ class KVPreTrained:
     family: Family
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, KVAttention):  # its parts are modules of their own
+        if isinstance(module, KVAttention):  # its parts are modules of their own
+            module.reset_buffers()
+        else:
             super()._init_weights(module)  # type: ignore[misc]
 
 
@@ -38,16 +41,19 @@ class KVStack(KVPreTrained):
     config: Any
 
     def __init__(self, config: Any) -> None:
-        check_sharing(config)
+        check_config(config)
         super().__init__(config)  # type: ignore[call-arg]  # of the stock class
+        latent = config.kv_lora_rank is not None
         for index, layer in enumerate(getattr(self, self.family.layers)):
             parent, _, name = self.family.attention.rpartition(".")
             holder = layer.get_submodule(parent)
             stock = getattr(holder, name)
-            own = attention_class(stock.__class__)
+            own = attention_class(LatentAttention if latent else KVAttention, stock.__class__)
             setattr(holder, name, own(stock, config, index, self.family))
             if config.kv_sharing_modes is not None and not self.family.forwards_kwargs:
                 layer.__class__ = _layer_class(layer.__class__)
+        if latent:
+            check_table(config, getattr(self, "rotary_emb", None))
         self.post_init()  # type: ignore[attr-defined]  # initialises what came in
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +85,7 @@ class KVHolder(KVPreTrained):
     part_class: type[Any]
 
     def __init__(self, config: Any) -> None:
-        check_sharing(config)
+        check_config(config)
         with torch.device("meta"):  # the stock part is only there to be replaced
             super().__init__(config)  # type: ignore[call-arg]  # of the stock class
         setattr(self, self.part, self.part_class(config))
@@ -154,7 +160,7 @@ def _stock(family: Family, name: str) -> type[Any]:
 def _subclass(family: Family, name: str, bases: tuple[type[Any], ...], **members: Any) -> type[Any]:
     own = {
         "__module__": __name__,
-        "__doc__": f"{bases[-1].__name__} with fewer or shared keys and values.",
+        "__doc__": f"{bases[-1].__name__} with fewer, shared or latent keys and values.",
         "config_class": config_class(family),
         "family": family,
     }

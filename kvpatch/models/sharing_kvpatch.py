@@ -18,8 +18,10 @@ __all__ = ["SharedKV", "current_kv", "empty_readers", "handing_down"]
 class SharedKV(UserDict[int, tuple[Tensor, Tensor]]):
     """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of one forward pass, by producing layer.
 
-    All tokens the layer can see are in, past ones too. Not a ``dict``, because FSDP2 rebuilds the
-    dicts among a module's arguments, and what a layer stores would stay in its own copy.
+    All tokens the layer can see are in, past ones too. Of latent attention it holds the latents
+    [B, 1, T, R] and the rotary keys [B, 1, T, Dr] in their place. Not a ``dict``, because FSDP2
+    rebuilds the dicts among a module's arguments, and what a layer stores would stay in its own
+    copy.
     """
 
     def read(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,20 @@ def test_latents_have_windows_too() -> None:
     assert cache.size(10) == 2 * 5 * (4 + 10)
 
 
+def test_latents_of_each_layer_and_those_that_layers_read() -> None:
+    cache = latent_cache(
+        layers=4,
+        rank=[3, 3, 5, 7],
+        rope_dim=[2, 2, 0, 4],
+        sources=[0, 0, 2, 3],
+        windows=[4, None, 8, None],
+    )
+    assert [layer.values for layer in cache.layers] == [5, 0, 5, 11]
+    assert cache.size(10) == 2 * (5 * 10 + 5 * 8 + 11 * 10)
+    with pytest.raises(ValueError, match="zip"):
+        latent_cache(layers=2, rank=[3], rope_dim=2)
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 5, 100])
 def test_windows_stop_growing(tokens: int) -> None:
     cache = KVCache((LayerCache(10), LayerCache(10, window=4)), bytes_per_value=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from convert.checkpoint.reader import read_json
 from convert.facts import ModelFacts, check_shapes, read_facts, with_stored_names
 from convert.families import pack, tensor_names, unpack
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.targets import Target
 
 __all__ = ["MEAN_READS", "apply", "facts_of", "merged", "write"]
@@ -34,7 +34,7 @@ def apply(
     tensors: Mapping[str, Tensor],
     facts: ModelFacts,
     target: Target,
-    convert: Callable[[AttentionLayer], AttentionLayer],
+    convert: Callable[[AttentionLayer], AttentionLayer | LatentLayer],
     *,
     reads: frozenset[str] = MEAN_READS,
 ) -> dict[str, Tensor]:
@@ -59,16 +59,18 @@ def apply(
         others = {n: left.pop(prefix + n) for n in target.folds if prefix + n in left}
         before = unpack(own, facts.family, facts.geometry, layer, rope=facts.ropes[layer])
         after, folded = target.fold(convert(before), others)
-        written = pack(after, target.family, layer)
+        written = {} if after is None else pack(after, target.family, layer)
         prefix = target.family.layer_prefix.format(layer=layer)
         written |= {prefix + name: tensor for name, tensor in folded.items()}
         assert not written.keys() & result.keys()
         result |= written
     for name, tensor in left.items():
-        if (rewrite := target.rename(name)) is not None:
+        for rewrite in target.rewrites(name):
             assert rewrite.name not in result
             transformed = tensor if rewrite.transform is None else rewrite.transform(tensor)
-            result[rewrite.name] = transformed.contiguous()
+            result[rewrite.name] = transformed.to(tensor.dtype).clone(
+                memory_format=torch.contiguous_format
+            )
     return result
 
 

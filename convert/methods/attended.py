@@ -1,0 +1,119 @@
+"""What the attention of a layer makes of its keys and values, measured on text.
+
+A score matters as much as the output it moves: to first order, an error of the score of query t
+with token s changes the output of head h by ``a_ts |O_h (v_s - o_t)|`` times it, ``a`` being the
+attention weight, ``v_s`` the value and ``o_t`` what the head gives. Energies here carry the square
+of that, so that errors of keys and of values are in one unit: power of the residual stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.methods.attention import project, weights
+from convert.methods.fitting import Observed
+from convert.methods.mixing import Mixed
+
+__all__ = ["Attended", "attended"]
+
+_ROWS = 128  # queries of a window that are looked at, evenly spread
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Moments of one layer under its attention, in float64.
+
+    Args:
+        energy: [H, P, n] of each component of the keys in the scores of each query head, were it
+            not turned.
+        turn: [H, P, n] complex: mean of the turn ``exp(i (s - t) theta)`` between key and query,
+            weighted by that energy. What remains if a constant takes the place of the turn is
+            ``1 - |turn|^2``.
+        queries: [H, D, D] second moment of the queries, unrotated, in plane order.
+        values: [H, H] mean over queries of ``sum_s a_h,ts a_g,ts``.
+    """
+
+    energy: Tensor
+    turn: Tensor
+    queries: Tensor
+    values: Tensor
+
+
+@torch.no_grad()
+def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Attended:
+    """Measure a layer.
+
+    Args:
+        observed: The original layer and what it did on the text.
+        mixed: Components of its keys.
+        by_output: Weigh scores by what they move; else by the attention weight alone.
+    """
+    layer = observed.layer
+    heads, group = layer.geometry.heads, layer.geometry.group
+    planes, count = mixed.energy.shape
+    turn = observed.scoring.turn.to(torch.complex64)
+    turn = turn / turn.abs()
+    energy = torch.zeros(heads, planes, count, dtype=torch.float64)
+    turned = torch.zeros(heads, planes, count, dtype=torch.complex128)
+    queries = torch.zeros(
+        heads, layer.geometry.head_dim, layer.geometry.head_dim, dtype=torch.float64
+    )
+    values = torch.zeros(heads, heads, dtype=torch.float64)
+    rows = mixed.rows.to(torch.complex64).flatten(0, 1).to(turn.device)
+    seen = 0
+    for window in _windows(observed):
+        inputs = window.inputs[0]
+        chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long().unique()
+        attention = _weights(window)[:, chosen]
+        importance = _importance(window, attention, chosen) if by_output else attention
+        parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(torch.complex64) @ rows.mT
+        power = parts.abs().square().unflatten(1, (planes, count))
+        spun = power * turn[..., None]
+        stacked = torch.cat([power, spun.real, spun.imag], 1).flatten(1)
+        query = project(layer.q, layer.q_bias, window.inputs)[0][:, chosen]
+        for head in range(heads):
+            read = (importance[head] @ stacked).unflatten(1, (3, planes, count))
+            size = query[head, :, : 2 * planes].unflatten(1, (planes, 2)).square().sum(-1)
+            energy[head] += torch.einsum("tp,tpn->pn", size, read[:, 0]).double().cpu()
+            back = size * turn[chosen].conj()
+            found = torch.complex(read[:, 1], read[:, 2])
+            turned[head] += torch.einsum("tp,tpn->pn", back, found).to(torch.complex128).cpu()
+        total = importance.sum(-1)
+        queries += torch.einsum("ht,htd,hte->hde", total, query, query).double().cpu()
+        flat = attention.flatten(1)
+        values += (flat @ flat.mT).double().cpu()
+        seen += len(chosen)
+    scale = mixed.maps.abs().square().repeat_interleave(group, 0)
+    mean = turned / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    return Attended(scale * energy / seen, mean, queries / seen, values / seen)
+
+
+def _windows(observed: Observed) -> Iterator[Observed]:
+    for n in range(len(observed.inputs)):
+        yield dataclasses.replace(observed, inputs=observed.inputs[n : n + 1])
+
+
+def _weights(window: Observed) -> Tensor:
+    """Attention weights [H, T, T]."""
+    heads = range(window.layer.geometry.heads)
+    return weights(window.scores(heads), window.scoring)[0]
+
+
+def _importance(window: Observed, attention: Tensor, chosen: Tensor) -> Tensor:
+    """``a_ts^2 |O_h (v_s - o_t)|^2`` [H, t, T] of the chosen queries."""
+    layer = window.layer
+    assert layer.v is not None
+    assert layer.o is not None
+    value = project(layer.v, layer.v_bias, window.inputs)[0]
+    value = value.repeat_interleave(layer.geometry.group, 0)
+    gram = torch.einsum("ehd,ehf->hdf", layer.o, layer.o)
+    output = attention @ value
+    read = value @ gram
+    far = (read * value).sum(-1)[:, None] - 2 * output @ read.mT
+    distance = far + (output @ gram * output).sum(-1, keepdim=True)
+    return attention.square() * distance.clamp(min=0)

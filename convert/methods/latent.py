@@ -1,0 +1,225 @@
+"""Latent attention (MLA) from ordinary attention.
+
+Three steps, of which the first is exact. The keys of each RoPE plane are mixed across heads into
+components (see ``mixing``). Cut: a few components become the pairs of the one rotary key that all
+heads share; the others lose their rotation, for which the constant that comes nearest to it takes
+its place. Factor: all keys without rotation and all values become linear maps of one latent, chosen
+so that what reaches the residual stream loses the least. Constants are free: of a key no softmax
+sees them, and those of the values go to the output's bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
+from convert.methods.attended import Attended
+from convert.methods.mixing import Mixed, Rows
+from convert.planes import planes_of
+
+__all__ = ["Factored", "embedded", "factored", "lost_without_turn", "still_keys", "to_latent"]
+
+_FLOOR = 1e-9  # of the largest variance of the inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """A latent and what becomes of it.
+
+    Args:
+        latent: [R, E]; of inputs as they were measured it is white.
+        k_up: [H, Dn, R].
+        v_up: [Hkv, Dv, R].
+        v_constant: [Hkv, Dv] what the mean input adds to the values.
+        spectrum: [E] what each further dim of the latent would keep, the largest first.
+    """
+
+    latent: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    v_constant: Tensor
+    spectrum: Tensor
+
+
+def lost_without_turn(attended: Attended) -> Tensor:
+    """[P, n] energy that each component of the keys loses with its rotation, over all heads."""
+    return (attended.energy * (1 - attended.turn.abs().square()).clamp(min=0)).sum(0)
+
+
+def still_keys(rows: Rows, mixed: Mixed, turn: Tensor, kept: Tensor, factor: float) -> Tensor:
+    """Keys [H, D, E'] of each query head without rotation and without the components kept.
+
+    Args:
+        rows: Of the layer.
+        mixed: Its keys as components.
+        turn: [H, P, n] complex constants in place of the rotation.
+        kept: [P, n] true where a component is a pair of the rotary key.
+        factor: Square of the factor that the rotation has.
+    """
+    group = len(rows.q) // len(rows.k)
+    maps = mixed.maps.repeat_interleave(group, 0) * turn * factor
+    found = torch.einsum("hpj,pje->hpe", maps.masked_fill(kept, 0), mixed.rows)
+    pairs = torch.stack([found.real, found.imag], 2).flatten(1, 2)
+    rest = rows.k[:, 2 * rows.planes :].repeat_interleave(group, 0)
+    return torch.cat([pairs, rest], 1)
+
+
+def factored(
+    keys: Tensor, values: Tensor, *, key_metric: Tensor, value_gram: Tensor, moment: Tensor,
+    rank: int, centred: bool = True
+) -> Factored:
+    """The latent that keeps the most of keys and values.
+
+    Minimises ``sum_h E|L_h^T (k_h - K_h c)|^2 + E(v - V c)^T M (v - V c)`` over the latent
+    ``c = B x`` and its maps K, V, where ``key_metric = L L^T`` and M is ``value_gram``. For a given
+    latent the best maps are its regressions, whatever the metric, so the metric chooses directions
+    of the input alone.
+
+    Args:
+        keys: [H, D, E'].
+        values: [Hkv, Dv, E'].
+        key_metric: [H, D, D].
+        value_gram: [Hkv * Dv, Hkv * Dv].
+        moment: [E', E'] second moment of [x; 1].
+        rank: R.
+        centred: Leave constants out of the latent.
+    """
+    covariance, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
+    covariance = covariance - mean[:, None] * mean
+    variance, directions = torch.linalg.eigh(covariance)
+    root = directions * variance.clamp(min=_FLOOR * variance[-1].item()).sqrt()
+    inverse = directions / variance.clamp(min=_FLOOR * variance[-1].item()).sqrt()
+    read_keys, read_values = keys[..., :-1] @ root, values[..., :-1] @ root
+    flat = read_values.flatten(0, 1)
+    gram = torch.einsum("hde,hdf,hfg->eg", read_keys, key_metric, read_keys)
+    gram = gram + flat.mT @ value_gram @ flat
+    spectrum, vectors = torch.linalg.eigh(gram)
+    top = vectors[:, -rank:].flip(1)
+    v_up = read_values @ top
+    latent = (inverse @ top).mT
+    constant = values[..., :-1] @ mean + values[..., -1] - v_up @ (latent @ mean)
+    return Factored(latent, read_keys @ top, v_up, constant, spectrum.flip(0).clamp(min=0))
+
+
+def to_latent(
+    layer: AttentionLayer, rows: Rows, mixed: Mixed, kept: Tensor, factored: Factored, scale: float
+) -> LatentLayer:
+    """The latent layer of a cut and a factorisation, in float64.
+
+    Args:
+        layer: The original.
+        rows: Its rows.
+        mixed: Its keys as components.
+        kept: [P, n] true where a component is a pair of the rotary key.
+        factored: The rest.
+        scale: Factor on its scores.
+    """
+    geometry = layer.geometry
+    o = _wide(layer.o)
+    own = torch.arange(geometry.heads) // geometry.group
+    planes, component = kept.nonzero(as_tuple=True)
+    key = mixed.rows[planes, component]
+    query = mixed.maps[own][:, planes, component].conj()[..., None] * rows.turning_q[:, planes]
+    q = torch.cat([rows.q, _pairs(query, 1)], 1)
+    k_rope = _pairs(key, 0)
+    v_up = factored.v_up[own]
+    o_bias = torch.einsum("ehd,hd->e", o, factored.v_constant[own])
+    if layer.o_bias is not None:
+        o_bias = o_bias + layer.o_bias.double()
+    return LatentLayer(
+        geometry=LatentGeometry(
+            hidden=geometry.hidden,
+            heads=geometry.heads,
+            rank=len(factored.latent),
+            nope_dim=geometry.head_dim,
+            rope_dim=len(k_rope),
+            value_dim=geometry.value_dim,
+        ),
+        q=q[..., :-1],
+        latent=factored.latent,
+        k_rope=k_rope[:, :-1],
+        k_up=factored.k_up,
+        v_up=v_up,
+        o=o,
+        q_bias=None if layer.q_bias is None else q[..., -1],
+        k_rope_bias=None if layer.k_bias is None else k_rope[:, -1],
+        o_bias=o_bias,
+        planes=tuple(planes.tolist()),
+        scale=scale,
+    )
+
+
+def _pairs(rows: Tensor, dim: int) -> Tensor:
+    """Complex rows as pairs (2i, 2i + 1) of real ones along ``dim``."""
+    return torch.stack([rows.real, rows.imag], dim + 1).flatten(dim, dim + 1)
+
+
+def embedded(layer: AttentionLayer, scale: float) -> LatentLayer:
+    """The same function as a latent layer, without any loss.
+
+    Args:
+        layer: With q, k, v, o and ``rope``; without query/key norms and clamps.
+        scale: Factor on its scores.
+
+    Returns:
+        A layer of rank ``Hkv * (D - rope.dim + Dv)`` with ``Hkv * rope.dim`` rotary dims, float64.
+        Key biases of dims without RoPE are left out, since no softmax sees them; value biases
+        are in the output's.
+    """
+    geometry, rope = layer.geometry, layer.rope
+    assert rope is not None
+    q, k, v, o = (_wide(getattr(layer, part)) for part in ("q", "k", "v", "o"))
+    heads, kv_heads, group = geometry.heads, geometry.kv_heads, geometry.group
+    planes = planes_of(rope, geometry.head_dim)
+    turning = torch.stack([planes.first, planes.second], 1).flatten()
+    still, turned, value = len(planes.rest), len(turning), geometry.value_dim
+    own = torch.arange(heads) // group  # the KV head of each query head
+
+    def placed(rows: Tensor) -> Tensor:
+        """Query rows [H, turned, ...] in the dims of their KV head, zeros in all others."""
+        wide = rows.new_zeros(heads, kv_heads, *rows.shape[1:])
+        wide[torch.arange(heads), own] = rows
+        return wide.flatten(1, 2)
+
+    def query(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, planes.rest], placed(rows[:, turning])], 1)
+
+    rank = kv_heads * (still + value)
+    up = torch.eye(rank, dtype=q.dtype)
+    k_up = up[: kv_heads * still].view(kv_heads, still, rank)[own]
+    v_up = up[kv_heads * still :].view(kv_heads, value, rank)[own]
+    o_bias = None if layer.o_bias is None else layer.o_bias.double()
+    if layer.v_bias is not None:
+        shift = torch.einsum("ehd,hd->e", o, layer.v_bias.double()[own])
+        o_bias = shift if o_bias is None else o_bias + shift
+    return LatentLayer(
+        geometry=LatentGeometry(
+            hidden=geometry.hidden,
+            heads=heads,
+            rank=rank,
+            nope_dim=still,
+            rope_dim=kv_heads * turned,
+            value_dim=value,
+        ),
+        q=query(q),
+        latent=torch.cat([k[:, planes.rest].flatten(0, 1), v.flatten(0, 1)]),
+        k_rope=k[:, turning].flatten(0, 1),
+        k_up=k_up,
+        v_up=v_up,
+        o=o,
+        q_bias=None if layer.q_bias is None else query(layer.q_bias.double()),
+        k_rope_bias=None
+        if layer.k_bias is None
+        else layer.k_bias.double()[:, turning].flatten(),
+        o_bias=o_bias,
+        planes=tuple(range(turned // 2)) * kv_heads,
+        scale=scale,
+    )
+
+
+def _wide(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.double()

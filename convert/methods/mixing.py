@@ -1,0 +1,106 @@
+"""Complex mixing of KV heads: the keys of each RoPE plane in the order of what they matter.
+
+All that commutes with the rotation of one plane across ``Hkv`` heads is a complex matrix, so the
+keys of a plane may be replaced by any invertible complex combination of them, if the queries take
+up the inverse. Here it is the weighted Hermitian PCA: component 0 of a plane carries the most of
+the scores, and so on. Real mixing (arXiv:2502.07864, section 4.2) is the subgroup without phases,
+and so never carries more in its first components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.layer import AttentionLayer
+from convert.methods.attention import plane_order, with_head_order
+from convert.planes import floored
+
+__all__ = ["Mixed", "Rows", "mixed", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The projections of a layer as rows [n, D, E + 1] in float64, the bias as last column.
+
+    Heads are in plane order: dims (2p, 2p + 1) are plane p, of P, and the other dims follow.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    planes: int
+
+    @property
+    def turning_q(self) -> Tensor:
+        """[H, P, E'] complex."""
+        return _complex(self.q, self.planes)
+
+    @property
+    def turning_k(self) -> Tensor:
+        """[Hkv, P, E'] complex."""
+        return _complex(self.k, self.planes)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Keys as components.
+
+    The key of head g in plane p is ``sum_j maps[g, p, j] * (rows[p, j] @ [x; 1])``, exactly.
+
+    Args:
+        rows: [P, n, E'] complex, n = Hkv; each component has power one, the strongest first.
+        maps: [Hkv, P, n] complex.
+        energy: [P, n] what each component carries of the weighted energy of the keys.
+    """
+
+    rows: Tensor
+    maps: Tensor
+    energy: Tensor
+
+
+def rows_of(layer: AttentionLayer) -> Rows:
+    """Rows of a layer with q, k, v and ``rope``, without query/key norms."""
+    assert layer.rope is not None
+    layer = with_head_order(layer, plane_order(layer))
+    q, k, v = (_augmented(layer, part) for part in ("q", "k", "v"))
+    return Rows(q, k, v, layer.rope.dim // 2)
+
+
+def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
+    """Components of the keys of all planes.
+
+    Args:
+        rows: Of the layer.
+        moment: [E', E'] second moment of [x; 1].
+        weights: [Hkv, P] energy of the queries that read each head in each plane.
+    """
+    weights = floored(weights)
+    scaled = weights.sqrt()[..., None] * rows.turning_k
+    read = torch.view_as_complex(
+        (torch.view_as_real(scaled).transpose(-1, -2) @ moment).transpose(-1, -2).contiguous()
+    )
+    covariance = torch.einsum("gpe,hpe->pgh", read, scaled.conj())
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    power = floored(values.mT).mT.sqrt()
+    return Mixed(
+        rows=torch.einsum("pgj,gpe->pje", vectors.conj(), scaled) / power[..., None],
+        maps=(vectors * power[:, None] / weights.sqrt().mT[..., None]).transpose(0, 1),
+        energy=values,
+    )
+
+
+def _complex(heads: Tensor, planes: int) -> Tensor:
+    pairs = heads[:, : 2 * planes].reshape(len(heads), planes, 2, -1)
+    return torch.complex(pairs[:, :, 0], pairs[:, :, 1])
+
+
+def _augmented(layer: AttentionLayer, part: str) -> Tensor:
+    """Weight [n, D, E] and bias [n, D] of a projection as rows [n, D, E + 1] in float64."""
+    weight: Tensor = getattr(layer, part).double()
+    bias: Tensor | None = getattr(layer, f"{part}_bias")
+    column = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double()
+    return torch.cat([weight, column[..., None]], -1)
