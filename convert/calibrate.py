@@ -46,6 +46,7 @@ class Calibration(Converting):
         return converted, results
 
     def convert(self, step: Step, decoder: Decoder, streams: Streams) -> list[Tensor]:
+        """Convert the layers of a unit and lead both streams through them."""
         unit, dtype = step.layers, step.outputs[0].dtype
         before = [item for item, _ in read_unit(self.checkpoint, self.plan.facts, step, dtype)]
         seen = [
@@ -53,6 +54,7 @@ class Calibration(Converting):
             for layer, item in zip(unit, before, strict=True)
         ]
         done = self.scratch.has(_name(unit))
+        assert self.plan.method.convert is not None
         converted, results = (
             self.unit(unit)
             if done

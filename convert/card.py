@@ -37,6 +37,15 @@ _MERGES = {
     "output projection; queries and output projections absorb the maps. Where queries and keys "
     "have a norm, keys are those of the first layer, averaged if there are to be fewer.",
 }
+_LATENT = (
+    "Keys of each RoPE plane are mixed across heads by a complex matrix, which their rotation "
+    "commutes with; the components that would lose most without it form one rotary key for all "
+    "heads, and the others get the constant that comes nearest to their rotation. What remains of "
+    "the keys and all values are read from one latent (DeepSeek-AI, arXiv:2405.04434, section "
+    "2.1), the best of its rank under the metric of queries and output projection; constants go "
+    "to the output projection's bias. The norm that the class has on the latent, if any, is made "
+    "to do nothing."
+)
 _GROUPS = {
     "adjacent": "Neighbouring heads are merged.",
     "similar": "Heads are merged with those that lose least energy together.",
@@ -83,13 +92,10 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 def render_card(manifest: Mapping[str, Any]) -> bytes:
     """README.md for the Hub: metadata, sizes, method, measured quality, how to load, recipe."""
     source, recipe, cache = manifest["source"], manifest["recipe"], manifest["kv_cache"]
-    before, after = cache["kv_heads"]
+    latent, shared = recipe["method"] == "mla", recipe["method"] == "cla"
     layers, architecture = manifest["layers"], manifest["architecture"]
     ours = architecture.startswith("Kvpatch")
-    shared = recipe["method"] == "cla"
-    kinds = ["cla"] if shared else []
-    if after < before or not shared:
-        kinds.append("mqa" if after == 1 else "gqa")
+    kinds = ["mla"] if latent else _merged_kinds(cache, shared=shared)
     metadata: dict[str, Any] = {
         **source["metadata"],
         "library_name": "transformers",
@@ -103,13 +109,13 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    kind, change = _kind(recipe, before, after)
+    kind, change = _latent_kind(cache["latent"]) if latent else _kind(recipe, *cache["kv_heads"])
     text: str = template.render(
         front_matter=yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True),
         title=f"{source['name'].rpartition('/')[2]}, {kind}",
         source=source,
         change=change,
-        heads={"before": before, "after": after},
+        held=_held(cache),
         shared=shared,
         sources=cache["kv_source_layers"],
         kv={
@@ -120,22 +126,75 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
         method=_method(recipe),
-        energy="as queries and outputs read it" if recipe["merge"] == "svd" else "of the weights",
-        lost={
-            "k": _mean_percent(layer["lost_energy_k"] for layer in layers),
-            "v": _mean_percent(layer["lost_energy_v"] for layer in layers),
-            "svd_k": _svd_percent(layers),
-        },
+        energy=_latent_energy(layers) if latent else _merged_energy(layers, recipe["merge"]),
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
-        pooled=recipe["merge"] != "svd",
+        pooled=not latent and recipe["merge"] != "svd",
         architecture=architecture,
         ours=ours,
         carried=not ours and architecture != source["architecture"],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
+
+
+def _merged_kinds(cache: Mapping[str, Any], *, shared: bool) -> list[str]:
+    before, after = cache["kv_heads"]
+    kinds = ["cla"] if shared else []
+    if after < before or not shared:
+        kinds.append("mqa" if after == 1 else "gqa")
+    return kinds
+
+
+def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cache of a layer holds, before and after."""
+    before, after = cache["kv_heads"]
+    if "latent" not in cache:
+        what, no_place = "KV heads per layer", "this number of KV heads"
+        return {"what": what, "before": before, "after": after, "no_place": no_place}
+    sizes = cache["latent"]
+    return {
+        "what": "cached in a layer",
+        "before": f"{before} KV heads",
+        "after": f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}",
+        "no_place": "latents",
+    }
+
+
+def _latent_kind(sizes: Mapping[str, int]) -> tuple[str, str]:
+    kind = f"MLA {sizes['rank']}+{sizes['rope_dims']}"
+    return kind, (
+        f"to multi-head latent attention, with a latent of {sizes['rank']} and a rotary key of "
+        f"{sizes['rope_dims']} dims per token and layer ({kind})"
+    )
+
+
+def _latent_energy(layers: Sequence[Mapping[str, Any]]) -> str:
+    rope, latent = (
+        _mean_percent(layer[f"lost_energy_{part}"] for layer in layers)
+        for part in ("rope", "latent")
+    )
+    return (
+        f"Energy that was lost, as outputs read it, mean over the layers: {rope} of the keys' "
+        f"rotation, {latent} of what the latent should hold, before any refit."
+    )
+
+
+def _merged_energy(layers: Sequence[Mapping[str, Any]], merge: str) -> str:
+    measure = "as queries and outputs read it" if merge == "svd" else "of the weights"
+    keys, values = (
+        _mean_percent(layer[f"lost_energy_{part}"] for layer in layers) for part in ("k", "v")
+    )
+    text = (
+        f"Energy that merging lost, {measure}, mean over the layers: keys {keys}, values {values}."
+    )
+    best = _svd_percent(layers)
+    if best is None:
+        return text
+    return (
+        f"{text} The best merge of the same key heads (`--merge svd`) would lose {best} of theirs."
+    )
 
 
 def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]:
@@ -151,8 +210,8 @@ def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]
 
 def _method(recipe: Mapping[str, Any]) -> list[str]:
     """What was done, in sentences."""
-    shared, merge = recipe["method"] == "cla", recipe["merge"]
-    sentences = [_MERGES[shared, merge]]
+    shared, merge = recipe["method"] == "cla", recipe.get("merge")
+    sentences = [_LATENT] if merge is None else [_MERGES[shared, merge]]
     if merge == "svd" and "group" in recipe:
         sentences.append(_GROUPS[recipe["group"]])
     if merge == "svd" and shared:

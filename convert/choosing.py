@@ -57,6 +57,7 @@ def choose_plan(
     if tokens is not None:
         decoder = Decoder(checkpoint, facts, context=tokens.shape[1], device=device)
         stream = decoder.embed(tokens)
+    assert method.convert is not None
     layers: dict[int, AttentionLayer] = {}
     inputs: dict[int, Tensor] = {}
     losses: dict[tuple[int, int], float] = {}

@@ -123,7 +123,7 @@ class Decoder:
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: PLC0415
 
         family = facts.family
-        self._checkpoint, self._facts, self._device = checkpoint, facts, device
+        self._checkpoint, self._facts, self.device = checkpoint, facts, device
         config = CONFIG_MAPPING[family.model_type].from_dict(dict(checkpoint.config))
         # fused attention drops the cap in older releases of transformers
         capped = {} if facts.softcap is None else {"attn_implementation": "eager"}
@@ -211,7 +211,7 @@ class Decoder:
             return forward
 
         with self._instead_of_layers(recorder), _ends_early():
-            self._base(input_ids=window.to(self._device), use_cache=False)
+            self._base(input_ids=window.to(self.device), use_cache=False)
         return [seen[index] for index in range(len(self._layers))]
 
     def _first_input(self, window: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class Decoder:
             return forward
 
         with self._instead_of_layers(recorder), _ends_early():
-            self._base(input_ids=window.to(self._device), use_cache=False)
+            self._base(input_ids=window.to(self.device), use_cache=False)
         return seen[0]
 
     @contextmanager
@@ -239,7 +239,7 @@ class Decoder:
                 del module.forward
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name).to(self._device, torch.float32)
+        return self._checkpoint.read(name).to(self.device, torch.float32)
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         """Put tensors into a module without data."""

@@ -18,7 +18,7 @@ from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord, ShardWriter
 from convert.facts import ModelFacts
 from convert.families import unpack
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Converted
 from convert.plan import Plan, Shard
 from convert.steps import Step, TensorSpec, emit
@@ -35,7 +35,7 @@ def execute(
     checkpoint: Checkpoint,
     staging: Staging,
     *,
-    calibrated: Callable[[tuple[int, ...]], Converted] | None,
+    converted: Callable[[Step], Converted] | None,
     allow_nonfinite: bool,
     progress: Progress,
 ) -> dict[str, FileRecord]:
@@ -45,7 +45,8 @@ def execute(
         plan: What to do.
         checkpoint: The open source.
         staging: Where shards and journal go.
-        calibrated: Units that calibration has converted already; None where nothing is calibrated.
+        converted: Gives the unit of a step where something else converts it, such as calibration;
+            None where the method does.
         allow_nonfinite: Copy tensors that hold NaN or infinity, instead of refusing them.
         progress: Called with the number of bytes of each piece written.
 
@@ -57,7 +58,7 @@ def execute(
         VerificationError: If a finite source gives a result that is not.
         ResourceError: If the disk is full.
     """
-    engine = _Engine(plan, checkpoint, staging, calibrated, allow_nonfinite, progress)
+    engine = _Engine(plan, checkpoint, staging, converted, allow_nonfinite, progress)
     with _one_torch_thread(), _hashing_source(checkpoint) as hashes:
         for shard in plan.shards:
             if shard.file in staging.finished:
@@ -99,7 +100,7 @@ class _Engine:
     plan: Plan
     checkpoint: Checkpoint
     staging: Staging
-    calibrated: Callable[[tuple[int, ...]], Converted] | None
+    converted: Callable[[Step], Converted] | None
     allow_nonfinite: bool
     progress: Progress
 
@@ -166,10 +167,11 @@ class _Engine:
         wanted = step.outputs[0].dtype
         before = read_unit(self.checkpoint, facts, step, wanted)
         layers = [layer for layer, _ in before]
-        if self.calibrated is None:
+        if self.converted is None:
+            assert method.convert is not None
             after, results = method.convert(layers, None)
         else:
-            after, results = self.calibrated(step.layers)
+            after, results = self.converted(step)
         packed: dict[str, Tensor] = {}
         for index, (_, tensors), converted in zip(step.layers, before, after, strict=True):
             packed |= emit(converted, tensors, facts, target, index)
@@ -180,7 +182,7 @@ class _Engine:
             {
                 "layer": index,
                 "source": self.plan.sources[index],
-                "kv_heads": [old.geometry.kv_heads, new.geometry.kv_heads],
+                **_heads(old, new),
                 **result,
             }
             for index, old, new, result in zip(step.layers, layers, after, results, strict=True)
@@ -195,6 +197,13 @@ class _Engine:
             _check_result(tensor, spec)
         writer.write(tensor_bytes(tensor))
         self.progress(spec.nbytes)
+
+
+def _heads(old: AttentionLayer, new: AttentionLayer | LatentLayer) -> dict[str, Any]:
+    """KV heads of a layer before and after, unless it has a latent."""
+    if isinstance(new, LatentLayer):
+        return {}
+    return {"kv_heads": [old.geometry.kv_heads, new.geometry.kv_heads]}
 
 
 def read_unit(

@@ -15,7 +15,14 @@ from convert.layer import Geometry, QkNorm, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
 
-__all__ = ["ModelFacts", "check_shapes", "read_facts", "with_stored_dtype", "with_stored_names"]
+__all__ = [
+    "ModelFacts",
+    "check_shapes",
+    "has_latents",
+    "read_facts",
+    "with_stored_dtype",
+    "with_stored_names",
+]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LARGEST = 10**7  # of any count or width; larger ones would only cost time and memory
@@ -91,6 +98,11 @@ class ModelFacts:
         """KV-head counts that this model can be pooled to."""
         now = self.geometry.kv_heads
         return [n for n in range(1, now) if now % n == 0]
+
+
+def has_latents(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes latent attention, of transformers or of kvpatch."""
+    return config.get("kv_lora_rank") is not None
 
 
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:

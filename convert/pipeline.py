@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from convert.calibrate import Calibration
+from convert.calibrate_latent import LatentChoice, LatentConverting, choose_latents, latent_unit
 from convert.card import inherited_metadata, render_card
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
@@ -25,11 +27,14 @@ from convert.execute import execute
 from convert.facts import ModelFacts, read_facts, with_stored_dtype, with_stored_names
 from convert.hub import Source, fetch_source, user_path
 from convert.loading import check_device
+from convert.methods import Converted
 from convert.plan import Plan, make_plan
-from convert.recipe import ClaRecipe, Recipe, parse_size
+from convert.recipe import ClaRecipe, MlaRecipe, Recipe, parse_size
 from convert.resources import check_disk, check_ram
-from convert.scheme import Scheme, method_of, scheme_of, settled
+from convert.scheme import Merging, Scheme, latent_scheme, method_of, scheme_of, settled
 from convert.sharing import parse_layers, uniform_plan
+from convert.steps import Step
+from convert.streams import Converting
 from convert.targets.native import config_json, index_json, with_dtype
 from convert.texts import Windows, windows_from
 from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
@@ -51,6 +56,7 @@ class Prepared:
     checkpoint: Checkpoint
     plan: Plan
     windows: Windows | None
+    latents: LatentChoice | None
     side_files: list[str]
     metadata: dict[str, Any]
     warnings: list[str]
@@ -62,21 +68,44 @@ class Prepared:
 
 
 @contextmanager
-def prepare(recipe: Recipe) -> Iterator[Prepared]:
-    """Open the source of a recipe and plan its conversion; reads headers only.
+def prepare(
+    recipe: Recipe, *, to_write: bool = False, progress: Progress | None = None
+) -> Iterator[Prepared]:
+    """Open the source of a recipe and plan its conversion.
+
+    Reads headers only, unless something is to be chosen by what it loses: layers that share, or a
+    split of a budget.
+
+    Args:
+        recipe: What to convert, how and where to.
+        to_write: The conversion follows: check its output first, and make all choices.
+        progress: Called with what is being done, how much of it just was, and how much it is.
 
     Raises:
         KvpatchError: For everything that is wrong with recipe or source.
     """
     source = fetch_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
+    if to_write and recipe.output is not None:
+        check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
     with Checkpoint(source.path, allow_pickle=recipe.allow_pickle) as checkpoint:
         dtypes = (info.dtype for info in checkpoint.tensors.values())
         facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
         facts = with_stored_names(facts, checkpoint.tensors)
         recipe = settled(recipe, facts)
         windows = _windows(recipe, source)
-        sources = _sources(recipe, facts, checkpoint, windows)
-        scheme = scheme_of(recipe, facts, sources)
+        latents: LatentChoice | None = None
+        if isinstance(recipe, MlaRecipe):
+            sizes, planes, latents = choose_latents(
+                recipe,
+                facts,
+                checkpoint,
+                tokens=None if windows is None else windows.tokens,
+                look=to_write,
+                progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+            )
+            scheme = latent_scheme(recipe, facts, sizes, planes)
+        else:
+            scheme = scheme_of(recipe, facts, _sources(recipe, facts, checkpoint, windows))
         warnings = [*checkpoint.warnings, *scheme.warnings]
         metadata: dict[str, Any] = {}
         try:
@@ -106,6 +135,7 @@ def prepare(recipe: Recipe) -> Iterator[Prepared]:
             checkpoint=checkpoint,
             plan=plan,
             windows=windows,
+            latents=latents,
             side_files=side_files(source.path),
             metadata=metadata,
             warnings=warnings,
@@ -127,7 +157,7 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
 
 
 def _sources(
-    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
+    recipe: Merging, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
 ) -> Sequence[int]:
     """For each layer the one whose keys and values it reads afterwards."""
     if not isinstance(recipe, ClaRecipe):
@@ -167,8 +197,7 @@ def convert(
     if recipe.output is None:
         raise UsageError("no output folder is given")
     out = user_path(recipe.output)
-    with prepare(recipe) as prepared, _sigterm_unwinds():
-        check_output(out, prepared.source.path, overwrite=recipe.overwrite)
+    with _sigterm_unwinds(), prepare(recipe, to_write=True, progress=progress) as prepared:
         plan = prepared.plan
         check_ram(plan.peak_ram, parse_size(recipe.max_ram) if recipe.max_ram else None)
         with Staging(
@@ -188,13 +217,13 @@ def convert(
                 plan,
                 prepared.checkpoint,
                 staging,
-                calibrated=calibration.unit if calibration is not None else None,
+                converted=_converted(prepared, calibration),
                 allow_nonfinite=recipe.allow_nonfinite,
                 progress=lambda n: progress("converting", n, total) if progress else None,
             )
             similarity = calibration.similarity() if calibration is not None else None
             _write_small_files(prepared, staging, sources, similarity)
-            _check_staged(plan, staging.path)
+            _check_staged(plan, staging.path, latent=prepared.latents is not None)
             staging.publish()
     return out
 
@@ -217,24 +246,45 @@ def obstacles(prepared: Prepared) -> list[str]:
 
 def _calibrate(
     prepared: Prepared, staging: Staging, progress: Progress | None
-) -> Calibration | None:
+) -> Converting | None:
     """Convert all layers with the calibration text, if there is one."""
     recipe = prepared.recipe
     if prepared.windows is None or recipe.refit is None:
         return None
-    calibration = Calibration(
-        plan=prepared.plan,
-        checkpoint=prepared.checkpoint,
-        scratch=Scratch(staging.scratch),
-        tokens=prepared.windows.tokens,
-        refit_scores=recipe.refit in {"q", "qo"},
-        refit_output=recipe.refit in {"o", "qo"},
-        seed=recipe.seed,
-        device=recipe.device,
+    common: dict[str, Any] = {
+        "plan": prepared.plan,
+        "checkpoint": prepared.checkpoint,
+        "scratch": Scratch(staging.scratch),
+        "tokens": prepared.windows.tokens,
+        "refit_scores": recipe.refit in {"q", "qo"},
+        "refit_output": recipe.refit in {"o", "qo"},
+        "seed": recipe.seed,
+        "device": recipe.device,
+    }
+    calibration: Converting = (
+        Calibration(**common)
+        if prepared.latents is None
+        else LatentConverting(**common, choice=prepared.latents)
     )
     layers = prepared.plan.facts.layers
     calibration.run(lambda n: progress("calibrating", n, layers) if progress else None)
     return calibration
+
+
+def _converted(
+    prepared: Prepared, calibration: Converting | None
+) -> Callable[[Step], Converted] | None:
+    """What gives the engine its converted layers, if not the method alone."""
+    if calibration is not None:
+        return lambda step: calibration.unit(step.layers)
+    if prepared.latents is None:
+        return None
+    return partial(
+        latent_unit,
+        plan=prepared.plan,
+        checkpoint=prepared.checkpoint,
+        choice=prepared.latents,
+    )
 
 
 def _write_small_files(
@@ -289,7 +339,7 @@ def _manifest(
         "architecture": plan.target.architecture,
         "converted": sorted(plan.method.reads | plan.target.reads),
         "kv_cache": {
-            "kv_heads": [plan.facts.geometry.kv_heads, prepared.scheme.kv_heads],
+            **_sizes(prepared),
             "kv_source_layers": list(plan.sources),
             "context": context,
             "bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
@@ -298,6 +348,15 @@ def _manifest(
         "layers": sorted(results, key=lambda result: result["layer"]),
         "evaluations": [],
     }
+
+
+def _sizes(prepared: Prepared) -> dict[str, Any]:
+    """What the cache of a layer holds, before and after."""
+    heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
+    if isinstance(scheme.recipe, MlaRecipe):
+        latent = {"rank": scheme.recipe.rank, "rope_dims": scheme.recipe.rope_dims}
+        return {"kv_heads": [heads, None], "latent": latent}
+    return {"kv_heads": [heads, scheme.kv_heads]}
 
 
 def _text(windows: Windows) -> dict[str, Any]:
@@ -311,7 +370,7 @@ def _text(windows: Windows) -> dict[str, Any]:
     }
 
 
-def _check_staged(plan: Plan, folder: Path) -> None:
+def _check_staged(plan: Plan, folder: Path, *, latent: bool) -> None:
     """Reopen what was written with the strict reader and hold it against the plan.
 
     Raises:
@@ -326,7 +385,8 @@ def _check_staged(plan: Plan, folder: Path) -> None:
         found = {
             info.name: (info.dtype, info.shape, info.file) for info in written.tensors.values()
         }
-        read_facts(written.config)
+        if not latent:  # no row of the family table describes latent attention
+            read_facts(written.config)
     if found != planned:
         wrong = sorted(
             name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)

@@ -137,7 +137,10 @@ def make_plan(
     working = max(_working_bytes(step, tensors, method) for step in steps)
     if windows is not None:
         working = max(
-            working, _calibration_bytes(facts, tensors, sources, scheme.kv_heads, windows)
+            working,
+            _calibration_bytes(
+                facts, tensors, sources, scheme.kv_heads or facts.geometry.heads, windows
+            ),
         )
     return Plan(
         facts=facts,
@@ -146,7 +149,7 @@ def make_plan(
         target=target,
         sources=sources,
         before=facts.cache(),
-        after=facts.cache(kv_heads=scheme.kv_heads, sources=sources, dtype=dtype),
+        after=scheme.cache,
         source_bytes=sum(info.nbytes for info in tensors.values()),
         peak_ram=working + (RUNTIME_RAM if windows is None else _CALIBRATION_RAM),
         plan_id=_identity(checkpoint, identity),

@@ -17,10 +17,12 @@ from kvpatch.errors import UsageError
 __all__ = [
     "ClaRecipe",
     "GqaRecipe",
+    "MlaRecipe",
     "MqaRecipe",
     "Recipe",
     "load_recipe",
     "make_recipe",
+    "parse_budget",
     "parse_size",
 ]
 
@@ -77,21 +79,20 @@ class _Conversion(BaseModel):
     allow_nonfinite: bool = Field(False, description="Copy weights that hold NaN or infinity.")
 
 
-class _Merging(_Conversion):
-    """Keys of conversions that merge KV heads."""
+class _Calibrated(_Conversion):
+    """Keys of conversions that can be calibrated on a text."""
 
-    merge: Literal["mean", "first", "svd"] = Field("mean", description="How KV heads become one.")
     refit: Literal["none", "q", "o", "qo"] | None = Field(
         None,
-        description="Least squares after merging, of queries and keys (q) and of the output (o); "
-        "qo for merge svd with a calibration text, else none.",
+        description="Least squares afterwards, of queries and keys (q) and of values and output "
+        "(o); qo with a calibration text, for merges if merge is svd, else none.",
     )
     calibration: str | None = Field(
         None,
         description="Text, jsonl or parquet file to calibrate on; none is needed.",
         min_length=1,
     )
-    samples: int = Field(40, ge=1, description="Calibration windows.")
+    samples: int = Field(96, ge=1, description="Calibration windows.")
     context: int | None = Field(
         None, ge=2, description="Tokens of a calibration window; 512 or the model's limit."
     )
@@ -99,9 +100,19 @@ class _Merging(_Conversion):
     device: str = Field("cpu", description="Where calibration runs.", min_length=1)
 
     @model_validator(mode="after")
-    def _calibration_is_used(self) -> Self:
+    def _refits_are_calibrated(self) -> Self:
         if self.calibration is None and self.refit not in {None, "none"}:
             raise ValueError(f"refit {self.refit} needs a calibration text")
+        return self
+
+
+class _Merging(_Calibrated):
+    """Keys of conversions that merge KV heads."""
+
+    merge: Literal["mean", "first", "svd"] = Field("mean", description="How KV heads become one.")
+
+    @model_validator(mode="after")
+    def _calibration_is_used(self) -> Self:
         if self.calibration is not None and self.merge != "svd" and self.refit in {None, "none"}:
             raise ValueError(f"merge {self.merge} without refit makes no use of calibration")
         return self
@@ -177,8 +188,79 @@ class ClaRecipe(_Merging):
         return
 
 
-Recipe = GqaRecipe | MqaRecipe | ClaRecipe
-_BY_METHOD: Mapping[str, type[Recipe]] = {"gqa": GqaRecipe, "mqa": MqaRecipe, "cla": ClaRecipe}
+class MlaRecipe(_Calibrated):
+    """Factor keys and values of every layer into one latent and one rotary key per token."""
+
+    method: Literal["mla"] = "mla"
+    rank: int | None = Field(None, ge=1, description="Dims of the latent.")
+    rope_dims: int | None = Field(
+        None, ge=0, description="Dims of the rotary key; even. Give both, or a budget."
+    )
+    kv_budget: str | None = Field(
+        None, description="Share of the source's KV cache, such as 25%, or its split, 512+64."
+    )
+    rope_select: Literal["greedy", "per-frequency", "stride"] = Field(
+        "greedy", description="Which components of the keys stay rotary."
+    )
+    target: TargetName | None = TARGET
+    arch: Literal["deepseek_v3", "youtu"] = Field(
+        "deepseek_v3", description="Stock class of a native result."
+    )
+    serving: bool = Field(
+        False, description="Write the bias-free form that servers of DeepSeek models load."
+    )
+
+    @property
+    def kv_heads(self) -> None:
+        """A latent has no heads."""
+        return
+
+    @property
+    def merge(self) -> None:
+        """Nothing is merged."""
+        return
+
+    @model_validator(mode="after")
+    def _sizes_are_given(self) -> Self:
+        explicit = self.rank is not None and self.rope_dims is not None
+        if explicit == (self.kv_budget is not None) or (
+            not explicit and (self.rank is not None or self.rope_dims is not None)
+        ):
+            raise ValueError("give rank and rope_dims, or kv_budget alone")
+        if self.rope_dims is not None and self.rope_dims % 2:
+            raise ValueError(f"rope_dims {self.rope_dims} is odd, but dims rotate in pairs")
+        if self.kv_budget is not None:
+            parse_budget(self.kv_budget)
+        if self.serving and self.target == "kvpatch":
+            raise ValueError("serving is for native results: leave target kvpatch out")
+        return self
+
+
+def parse_budget(text: str) -> float | tuple[int, int]:
+    """A share between 0 and 1 of ``25%``, or rank and rotary dims of ``512+64``.
+
+    Raises:
+        ValueError: If the text is neither.
+    """
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    split = re.fullmatch(r"(\d+)\+(\d+)", text)
+    if share is not None and 0 < float(share[1]) <= 100:
+        return float(share[1]) / 100
+    if split is not None and int(split[1]) and not int(split[2]) % 2:
+        return int(split[1]), int(split[2])
+    raise ValueError(
+        f"kv_budget {text!r} is neither a share such as 25% nor a rank and an even number of "
+        "rotary dims such as 512+64"
+    )
+
+
+Recipe = GqaRecipe | MqaRecipe | ClaRecipe | MlaRecipe
+_BY_METHOD: Mapping[str, type[Recipe]] = {
+    "gqa": GqaRecipe,
+    "mqa": MqaRecipe,
+    "cla": ClaRecipe,
+    "mla": MlaRecipe,
+}
 
 
 def make_recipe(

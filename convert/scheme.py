@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.facts import ModelFacts
+from convert.latents import Planes, Sizes, latent_method, latent_target, refuse_latents
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
-from convert.recipe import ClaRecipe, GqaRecipe, Recipe
+from convert.recipe import ClaRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
 from convert.targets import Target, targets_for
 from kvpatch.errors import UsageError
+from kvpatch.memory import KVCache
 from kvpatch.models import PREFIX
 
-__all__ = ["Scheme", "method_of", "scheme_of", "settled"]
+__all__ = ["Merging", "Scheme", "latent_scheme", "method_of", "scheme_of", "settled"]
+
+Merging = GqaRecipe | MqaRecipe | ClaRecipe
 
 # keys that say where and how to run, not what the result is
 _RUN_KEYS = frozenset(
@@ -34,22 +38,26 @@ class Scheme:
         recipe: With every choice made that the result depends on.
         method: The conversion of a unit of layers.
         target: What the result is written as.
-        kv_heads: KV heads of each layer afterwards.
+        kv_heads: KV heads of each layer afterwards; None where it has a latent.
         sources: For each layer the one whose keys and values it reads afterwards.
+        cache: KV cache of the result.
         warnings: What the user should know.
     """
 
     recipe: Recipe
     method: Method
     target: Target
-    kv_heads: int
+    kv_heads: int | None
     sources: tuple[int, ...]
+    cache: KVCache
     warnings: tuple[str, ...]
 
     @property
     def result_keys(self) -> dict[str, Any]:
         """The part of the recipe that determines the result; equal results have equal manifests."""
         unused = set(_RUN_KEYS)
+        if self.kv_heads is None:  # the sizes are there
+            unused.add("kv_budget")
         if self.recipe.calibration is None:
             unused |= {"samples", "context", "seed"}
         return {
@@ -70,6 +78,29 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
             f"this {facts.family.model_type} model is a conversion already",
             hint="Convert the model that it was made from.",
         )
+    choices = (
+        _latent_choices(recipe, facts)
+        if isinstance(recipe, MlaRecipe)
+        else (_merging_choices(recipe, facts))
+    )
+    if recipe.calibration is not None:
+        context = recipe.context or min(512, facts.context)
+        if context > facts.context:
+            raise UsageError(
+                f"--context {context} is longer than this model's {facts.context} tokens",
+                hint=f"Give {facts.context} or less.",
+            )
+        choices["context"] = context
+    known = {key: value for key, value in choices.items() if key in type(recipe).model_fields}
+    return recipe.model_copy(update=known)
+
+
+def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
+    refuse_latents(facts)
+    return {"refit": recipe.refit or ("none" if recipe.calibration is None else "qo")}
+
+
+def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
     now, wanted = facts.geometry.kv_heads, recipe.kv_heads or facts.geometry.kv_heads
     shares = isinstance(recipe, ClaRecipe)
     _check_kv_heads(facts, wanted, also_now=shares)
@@ -113,18 +144,10 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
         choices["group"] = recipe.group or ("similar" if similar else "adjacent")
     elif alibi:  # every query head has a slope of its own, so that none can change places
         choices["match"] = False
-    if recipe.calibration is not None:
-        context = recipe.context or min(512, facts.context)
-        if context > facts.context:
-            raise UsageError(
-                f"--context {context} is longer than this model's {facts.context} tokens"
-            )
-        choices["context"] = context
-    known = {key: value for key, value in choices.items() if key in type(recipe).model_fields}
-    return recipe.model_copy(update=known)
+    return choices
 
 
-def scheme_of(recipe: Recipe, facts: ModelFacts, sources: Sequence[int]) -> Scheme:
+def scheme_of(recipe: Merging, facts: ModelFacts, sources: Sequence[int]) -> Scheme:
     """What a settled recipe does to a model.
 
     Args:
@@ -161,11 +184,38 @@ def scheme_of(recipe: Recipe, facts: ModelFacts, sources: Sequence[int]) -> Sche
         target=target,
         kv_heads=kv_heads,
         sources=tuple(sources),
+        cache=facts.cache(kv_heads=kv_heads, sources=sources, dtype=recipe.dtype),
         warnings=tuple(_warnings(recipe, facts, target)),
     )
 
 
-def method_of(recipe: Recipe) -> Method:
+def latent_scheme(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes) -> Scheme:
+    """What a settled recipe for latents does to a model.
+
+    Args:
+        recipe: From ``settled``.
+        facts: The source.
+        sizes: Of the latent and the rotary key.
+        planes: For each layer the RoPE plane of each pair of the rotary key.
+
+    Raises:
+        UsageError: If no class holds the result.
+    """
+    target, cache = latent_target(recipe, facts, sizes, planes, largest=None)
+    return Scheme(
+        recipe=recipe.model_copy(
+            update={"target": target.name, "rank": sizes.rank, "rope_dims": sizes.rope_dims}
+        ),
+        method=latent_method(sizes, facts, planes[0], constants=not recipe.serving),
+        target=target,
+        kv_heads=None,
+        sources=tuple(range(facts.layers)),
+        cache=cache,
+        warnings=tuple(_class_warnings(facts, target)),
+    )
+
+
+def method_of(recipe: Merging) -> Method:
     """The conversion of a unit of layers that a settled recipe asks for."""
     assert recipe.kv_heads is not None
     if recipe.merge == "svd":
@@ -176,7 +226,7 @@ def method_of(recipe: Recipe) -> Method:
     return dataclasses.replace(method, reads=method.reads | _REFIT_READS)
 
 
-def _warnings(recipe: Recipe, facts: ModelFacts, target: Target) -> list[str]:
+def _warnings(recipe: Merging, facts: ModelFacts, target: Target) -> list[str]:
     warnings = []
     if recipe.kv_heads == 1 and recipe.merge != "svd":
         warnings.append(
@@ -184,6 +234,11 @@ def _warnings(recipe: Recipe, facts: ModelFacts, target: Target) -> list[str]:
         )
     if recipe.merge == "svd" and facts.qk_norm is not None:
         warnings.append("queries and keys have a norm: keys are averaged, only values merged")
+    return warnings + _class_warnings(facts, target)
+
+
+def _class_warnings(facts: ModelFacts, target: Target) -> list[str]:
+    warnings = []
     if "auto_map" in facts.config and target.name == "native":
         warnings.append("auto_map is left out of config.json: the result needs no remote code")
     if target.name == "kvpatch":
@@ -192,7 +247,7 @@ def _warnings(recipe: Recipe, facts: ModelFacts, target: Target) -> list[str]:
             "kvpatch or with trust_remote_code=True"
         )
     elif target.model_type != facts.family.model_type:
-        warnings.append(f"the result is a {target.model_type} model, which computes the same")
+        warnings.append(f"the result is a {target.model_type} model")
     return warnings
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
 from convert.decoder import Decoder
+from convert.facts import ModelFacts
 from convert.layer import AttentionLayer
 from convert.methods import Converted
 from convert.methods.attention import Scoring, plane_order, with_head_order
@@ -31,7 +32,16 @@ from convert.plan import Plan
 from convert.steps import Step
 from kvpatch.errors import InputModelError
 
-__all__ = ["WEIGHTS", "Converting", "Streams", "relative_error", "side_by_side"]
+__all__ = [
+    "WEIGHTS",
+    "Converting",
+    "Streams",
+    "ready",
+    "relative_error",
+    "scoring_of",
+    "side_by_side",
+    "threads_for",
+]
 
 _SIMILARITY = "similarity"
 _SMALL = 1024  # hidden width
@@ -90,7 +100,7 @@ class Converting(ABC):
             return
         facts = self.plan.facts
         grams: list[Tensor] = []
-        with _threads_for(facts.geometry.hidden):
+        with threads_for(facts.geometry.hidden):
             tokens = self.tokens.shape[1]
             decoder = Decoder(self.checkpoint, facts, context=tokens, device=self.device)
             embedded = decoder.embed(self.tokens)
@@ -121,7 +131,7 @@ class Converting(ABC):
         self, layer: int, original: AttentionLayer, decoder: Decoder, streams: Streams
     ) -> Observed:
         """Lead the original stream through a layer and take down what its attention does."""
-        before = streams.original
+        facts, before = self.plan.facts, streams.original
         with decoder.block(layer) as block:
             after, inputs, outputs = block.run_all(before)
         if not torch.isfinite(after).all():
@@ -129,26 +139,11 @@ class Converting(ABC):
         streams.original = after
         return Observed(
             layer=self.ready(original),
-            scoring=self._scoring(layer, decoder),
+            scoring=scoring_of(facts, layer, decoder, self.tokens.shape[1]),
             query_order=(),
             before=before,
             inputs=inputs,
             outputs=outputs,
-        )
-
-    def _scoring(self, layer: int, decoder: Decoder) -> Scoring:
-        facts = self.plan.facts
-        tokens = torch.arange(self.tokens.shape[1])
-        distance = tokens[:, None] - tokens
-        visible = (distance >= 0) & (distance < (facts.windows[layer] or len(tokens)))
-        return Scoring(
-            visible=visible.to(self.device),
-            turn=decoder.turn(layer).to(self.device),
-            scale=facts.scales[layer],
-            softcap=facts.softcap,
-            clip=facts.clip,
-            norm=facts.qk_norm,
-            norm_eps=facts.norm_eps,
         )
 
     def output_target(self, seen: Observed, streams: Streams) -> Tensor:
@@ -160,9 +155,7 @@ class Converting(ABC):
 
     def ready(self, layer: AttentionLayer) -> AttentionLayer:
         """A layer to compute with: float32, on the device, heads in plane order."""
-        return _mapped(
-            with_head_order(layer, plane_order(layer)), lambda t, _: t.to(self.device).float()
-        )
+        return ready(layer, self.device)
 
     def stored(self, layer: AttentionLayer, *, like: AttentionLayer) -> AttentionLayer:
         """A layer as it is written: in the dtypes and the order of ``like``."""
@@ -170,8 +163,37 @@ class Converting(ABC):
         return _mapped(back, lambda t, name: t.cpu().to(getattr(like, name).dtype))
 
 
+def ready(layer: AttentionLayer, device: str) -> AttentionLayer:
+    """A layer to compute with: float32, on the device, heads in plane order."""
+    return _mapped(with_head_order(layer, plane_order(layer)), lambda t, _: t.to(device).float())
+
+
+def scoring_of(facts: ModelFacts, layer: int, decoder: Decoder, tokens: int) -> Scoring:
+    """How a layer of the original model turns scores into weights.
+
+    Args:
+        facts: The source.
+        layer: Which layer.
+        decoder: The model, which has seen a window.
+        tokens: Tokens of a window.
+    """
+    turn = decoder.turn(layer)
+    place = torch.arange(tokens)
+    distance = place[:, None] - place
+    visible = (distance >= 0) & (distance < (facts.windows[layer] or tokens))
+    return Scoring(
+        visible=visible.to(decoder.device),
+        turn=turn.to(decoder.device),
+        scale=facts.scales[layer],
+        softcap=facts.softcap,
+        clip=facts.clip,
+        norm=facts.qk_norm,
+        norm_eps=facts.norm_eps,
+    )
+
+
 @contextmanager
-def _threads_for(hidden: int) -> Iterator[None]:
+def threads_for(hidden: int) -> Iterator[None]:
     """One torch thread for small models: sharing their operations out costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if hidden < _SMALL else threads)

@@ -14,10 +14,11 @@ from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
-from convert.facts import ModelFacts, check_shapes, read_facts
+from convert.facts import check_shapes, has_latents, read_facts
 from convert.families import tensor_names
 from convert.loading import load_model, load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
+from kvpatch.memory import KVCache, latent_cache
 
 __all__ = ["PROBE", "Check", "cache_bytes", "verify_checkpoint"]
 
@@ -122,6 +123,8 @@ def _hashes(folder: Path) -> str:
 
 def _shapes(folder: Path) -> str:
     with Checkpoint(folder) as checkpoint:
+        if has_latents(checkpoint.config):
+            raise _SkippedError("latents: loading checks the shape of every tensor")
         facts = read_facts(checkpoint.config)
         check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
         return f"{len(checkpoint.tensors)} tensors, {facts.geometry.kv_heads} KV heads"
@@ -217,13 +220,11 @@ class _Runner:
         if self._cache is None:
             raise _SkippedError("the model did not run")
         with Checkpoint(self._folder) as checkpoint:
-            facts = read_facts(checkpoint.config)
+            cache = _planned_cache(checkpoint.config)
         tokens = self._ids().shape[1]
-        if any(
-            layer.window is not None and layer.window <= tokens for layer in facts.cache().layers
-        ):
+        if any(layer.window is not None and layer.window <= tokens for layer in cache.layers):
             raise _SkippedError("windows are shorter than the probe")
-        expected = _float32_cache(facts, tokens)
+        expected = cache.size(tokens) // cache.bytes_per_value * 4
         held = cache_bytes(self._cache)
         if held != expected:
             raise VerificationError(f"the cache holds {held:,} bytes, planned were {expected:,}")
@@ -252,6 +253,19 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors())
 
 
-def _float32_cache(facts: ModelFacts, tokens: int) -> int:
-    cache = facts.cache()
-    return cache.size(tokens) // cache.bytes_per_value * 4
+def _planned_cache(config: Mapping[str, Any]) -> KVCache:
+    """The cache that a config.json describes."""
+    if not has_latents(config):
+        return read_facts(config).cache()
+    planes = config.get("kv_rope_planes")
+    if planes is None:
+        sizes = {"rank": config["kv_lora_rank"], "rope_dim": config["qk_rope_head_dim"]}
+        return latent_cache(layers=config["num_hidden_layers"], **sizes)
+    facts = read_facts(config)
+    return latent_cache(
+        layers=facts.layers,
+        rank=config["kv_lora_rank"],
+        rope_dim=[2 * len(pairs) for pairs in planes],
+        sources=config.get("kv_source_layers"),
+        windows=facts.windows if facts.family.windows.cached else None,
+    )

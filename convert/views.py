@@ -10,6 +10,8 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
+from convert.recipe import MlaRecipe
+from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
 __all__ = ["cache_data", "plan_data", "print_cache", "print_evaluation", "print_plan"]
@@ -79,6 +81,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "merge": prepared.recipe.merge,
         "class": plan.target.architecture,
         "kv_heads": [facts.geometry.kv_heads, prepared.scheme.kv_heads],
+        "latent": _latent(prepared),
         "kv_source_layers": list(plan.sources),
         "kv_bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
         "kv_bytes_at_context": [plan.before.size(facts.context), plan.after.size(facts.context)],
@@ -100,15 +103,31 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _latent(prepared: Prepared) -> dict[str, Any] | None:
+    """Sizes of a conversion to latents, and which servers load it."""
+    recipe = prepared.recipe
+    if not isinstance(recipe, MlaRecipe):
+        return None
+    target = prepared.plan.target
+    notes = {}
+    if target.name == "native":
+        notes = server_notes(target.edit(prepared.checkpoint.config))
+    return {"rank": recipe.rank, "rope_dims": recipe.rope_dims, "servers": notes}
+
+
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
     """The plan in tables; unless verbose, tensors that differ only in their layer share a line."""
     heads, token, full = data["kv_heads"], data["kv_bytes_per_token"], data["kv_bytes_at_context"]
+    latent = data["latent"]
+    merge = f"merge {data['merge']}, " if data["merge"] else ""
     console.table(
         f"{data['source']} -> {data['output'] or 'no output'}: {data['method']}, "
-        f"merge {data['merge']}, {data['class']}",
+        f"{merge}{data['class']}",
         ["", "before", "after"],
         [
-            ("KV heads per layer", str(heads[0]), str(heads[1])),
+            ("KV heads per layer", str(heads[0]), str(heads[1]))
+            if latent is None
+            else ("cached in a layer", f"{heads[0]} KV heads", _sizes(latent)),
             ("KV cache per token", format_bytes(token[0]), format_bytes(token[1])),
             (
                 f"KV cache of {data['context']:,} tokens",
@@ -129,11 +148,17 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
     sources = data["kv_source_layers"]
     if len(set(sources)) < len(sources):
         console.line(f"layers that share: {_groups(sources)}")
+    for note in latent["servers"].values() if latent is not None else ():
+        console.line(note)
     files = data["files"]
     count = f"{len(files)} weight files" if len(files) > 1 else "1 weight file"
     console.line(f"{count}, {format_bytes(sum(files.values()))}")
     console.line(f"side files copied: {', '.join(data['side_files']) or 'none'}")
     console.line(f"peak memory: {format_bytes(data['peak_ram'])}")
+
+
+def _sizes(latent: Mapping[str, Any]) -> str:
+    return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

@@ -39,7 +39,7 @@ from convert.console import Console
 if TYPE_CHECKING:
     from convert.recipe import Recipe
 
-__all__ = ["cla", "gqa", "mqa", "run"]
+__all__ = ["cla", "gqa", "mla", "mqa", "run"]
 
 
 @command
@@ -54,7 +54,7 @@ def gqa(
     ] = None,
     refit: Refit = None,
     calibration: CalibrationText = None,
-    samples: Samples = 40,
+    samples: Samples = 96,
     context: Context = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -90,7 +90,7 @@ def mqa(
     merge: Merge = "mean",
     refit: Refit = None,
     calibration: CalibrationText = None,
-    samples: Samples = 40,
+    samples: Samples = 96,
     context: Context = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -136,7 +136,7 @@ def cla(
     ] = True,
     refit: Refit = None,
     calibration: CalibrationText = None,
-    samples: Samples = 40,
+    samples: Samples = 96,
     context: Context = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -162,6 +162,58 @@ def cla(
         kvpatch cla ./llama-2-7b ./out --share 2 --kv-heads 8 --merge svd --calibration train.txt
     """
     _convert(_recipe("cla", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+@command
+def mla(
+    source: Source,
+    output: Output,
+    rank: Annotated[int | None, typer.Option(help="Dims of the latent.")] = None,
+    rope_dims: Annotated[
+        int | None, typer.Option(help="Dims of the rotary key that all heads share; even.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Instead: share of the KV cache, 25%, or both sizes, 512+64."),
+    ] = None,
+    rope_select: Annotated[
+        str, typer.Option(help="What stays rotary: greedy, per-frequency or stride.")
+    ] = "greedy",
+    refit: Refit = None,
+    calibration: CalibrationText = None,
+    samples: Samples = 96,
+    context: Context = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    target: TargetClass = None,
+    arch: Annotated[
+        str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")
+    ] = "deepseek_v3",
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
+    ] = False,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Factor keys and values into one latent per token (multi-head latent attention).
+
+    \b
+    Examples:
+        kvpatch mla ./llama-2-7b ./llama-2-7b-mla --kv-budget 512+64 --calibration train.txt
+        kvpatch mla ./llama-2-7b ./out --rank 448 --rope-dims 64 --target kvpatch
+    """
+    _convert(_recipe("mla", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
 
 
 @command

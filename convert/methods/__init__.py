@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Converted", "Method"]
 
-# the layers of a unit, and of each what the step lost, by name
-Converted = tuple[Sequence[AttentionLayer], Sequence[Mapping[str, Any]]]
+# the layers of a unit, AttentionLayers or LatentLayers, and of each what the step lost, by name
+Converted = tuple[Sequence[Any], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +29,13 @@ class Method:
         outline: A unit of the shapes and dtypes that ``convert`` gives, for the plan; sees
             zeros, and must be cheap.
         convert: The unit's new form, from the unit and the second moments of its inputs, which
-            are None where nothing was calibrated.
+            are None where nothing was calibrated. None where it takes more than the unit itself,
+            and a ``Converting`` or the like makes it.
         working_bytes: Memory that ``convert`` takes beside the unit before and after, from the
             bytes of the unit's largest tensor.
     """
 
     reads: frozenset[str]
-    outline: Callable[[Sequence[AttentionLayer]], Sequence[AttentionLayer]]
-    convert: Callable[[Sequence[AttentionLayer], Inputs | None], Converted]
+    outline: Callable[[Sequence[AttentionLayer]], Sequence[Any]]
+    convert: Callable[[Sequence[AttentionLayer], Inputs | None], Converted] | None
     working_bytes: Callable[[int], int]

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convert.layer import AttentionLayer
 from convert.methods.attention import project, weights
 from convert.methods.fitting import Observed
-from convert.methods.mixing import Mixed
+from convert.methods.mixing import Mixed, Rows
 
-__all__ = ["Attended", "attended"]
+__all__ = ["Attended", "attended", "presumed"]
 
 _ROWS = 128  # queries of a window that are looked at, evenly spread
 
@@ -54,6 +55,7 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
         by_output: Weigh scores by what they move; else by the attention weight alone.
     """
     layer = observed.layer
+    assert layer.q is not None
     heads, group = layer.geometry.heads, layer.geometry.group
     planes, count = mixed.energy.shape
     turn = observed.scoring.turn.to(torch.complex64)
@@ -68,17 +70,17 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
     seen = 0
     for window in _windows(observed):
         inputs = window.inputs[0]
-        chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long().unique()
+        chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
         attention = _weights(window)[:, chosen]
         importance = _importance(window, attention, chosen) if by_output else attention
         parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(torch.complex64) @ rows.mT
-        power = parts.abs().square().unflatten(1, (planes, count))
+        power = parts.abs().square().view(-1, planes, count)
         spun = power * turn[..., None]
         stacked = torch.cat([power, spun.real, spun.imag], 1).flatten(1)
         query = project(layer.q, layer.q_bias, window.inputs)[0][:, chosen]
         for head in range(heads):
-            read = (importance[head] @ stacked).unflatten(1, (3, planes, count))
-            size = query[head, :, : 2 * planes].unflatten(1, (planes, 2)).square().sum(-1)
+            read = (importance[head] @ stacked).view(-1, 3, planes, count)
+            size = query[head, :, : 2 * planes].reshape(-1, planes, 2).square().sum(-1)
             energy[head] += torch.einsum("tp,tpn->pn", size, read[:, 0]).double().cpu()
             back = size * turn[chosen].conj()
             found = torch.complex(read[:, 1], read[:, 2])
@@ -91,6 +93,50 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
     scale = mixed.maps.abs().square().repeat_interleave(group, 0)
     mean = turned / energy.clamp(min=torch.finfo(energy.dtype).tiny)
     return Attended(scale * energy / seen, mean, queries / seen, values / seen)
+
+
+def presumed(
+    layer: AttentionLayer,
+    rows: Rows,
+    mixed: Mixed,
+    weights: Tensor,
+    frequencies: Tensor,
+    *,
+    context: int,
+) -> Attended:
+    """What is assumed where no text is at hand.
+
+    Inputs are white, attention falls with distance like ``1 / (1 + distance)``, heads attend
+    independently, and keys matter as much as values.
+
+    Args:
+        layer: The original.
+        rows: Its rows.
+        mixed: Components of its keys.
+        weights: [H, P] energy of the queries in each plane.
+        frequencies: [P] radians per token.
+        context: Longest distance, in tokens.
+    """
+    distance = torch.arange(context, dtype=torch.float64)
+    share = 1 / (1 + distance)
+    angle = distance[:, None] * frequencies.double()
+    mean = (share[:, None] * torch.polar(torch.ones_like(angle), -angle)).sum(0) / share.sum()
+    maps = mixed.maps.abs().square().repeat_interleave(layer.geometry.group, 0)
+    metric = rows.q @ rows.q.mT
+    own = rows.k.repeat_interleave(layer.geometry.group, 0)
+    keys = torch.einsum("hde,hdf,hfe->", own, metric, own)
+    assert layer.o is not None
+    outputs = torch.einsum(
+        "ehd,hdf->ehf", layer.o.double(), rows.v.repeat_interleave(layer.geometry.group, 0)
+    )
+    balance = keys / outputs.square().sum()
+    heads = layer.geometry.heads
+    return Attended(
+        maps * weights[..., None],
+        mean[:, None].expand(heads, *mixed.energy.shape),
+        metric,
+        balance * torch.eye(heads, dtype=torch.float64),
+    )
 
 
 def _windows(observed: Observed) -> Iterator[Observed]:

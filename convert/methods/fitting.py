@@ -38,8 +38,7 @@ __all__ = [
 ]
 
 # output, then values and output: measured, a third round gains little
-import os
-_OUTCOME_ROUNDS = int(os.environ.get("KV_ROUNDS", "3"))
+_OUTCOME_ROUNDS = 3
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
 _COMPARED_TOKENS = 512
 
@@ -66,6 +65,12 @@ class Observed:
     before: Tensor
     inputs: Tensor
     outputs: Tensor
+
+    @property
+    def share(self) -> float:
+        """Power of the attention's outcome, of that of the residual stream that it joins."""
+        stream = self.before + self.outputs
+        return float(self.outputs.square().mean() / stream.square().mean())
 
     def scores(self, heads: Sequence[int]) -> Tensor:
         """Scores [N, h, T, T] of some of its query heads, before cap, offset and mask."""
@@ -174,7 +179,7 @@ def refit_projections(
                 rows[at][heads],
                 observed[at].scores(observed[at].query_order[heads]),
                 _for_heads(observed[at].scoring, observed[at].query_order[heads]),
-                float(os.environ.get("KV_KLATER", "1")) if at else 1.0,
+                observed[at].share,
             )
             for at in places
         ]
@@ -233,7 +238,7 @@ def refit_outcome(
     for turn in range(_OUTCOME_ROUNDS if produces else 1):
         if turn:
             fitted[0] = _refit_all_values(
-                observed, fitted, inputs_of, shared, targets, basis, seed=seed
+                observed, fitted, inputs_of, shared, targets, basis=basis, seed=seed
             )
             shared = (shared[0], values(fitted[0], observed[0].scoring, inputs))
         for at in places:
@@ -251,8 +256,8 @@ def _refit_all_values(
     inputs_of: Mapping[int, Tensor],
     shared: Shared,
     targets: Mapping[int, Tensor],
-    basis: Basis,
     *,
+    basis: Basis,
     seed: int,
 ) -> AttentionLayer:
     """Refit the value projection of a producer, one KV head after the other."""
@@ -265,8 +270,6 @@ def _refit_all_values(
     powers = torch.stack([target.square().mean() for target in missing])
     floor = _FAINT * powers.max() if powers.any() else 1.0
     scales = powers.clamp(min=floor).rsqrt()
-    import os
-    scales[1:] *= float(os.environ.get("KV_LATER", "1"))
     for at, item in enumerate(converted):
         mixed = head_outputs(item, observed[at].scoring, inputs_of[at], shared)
         missing[at] -= projected(item, mixed)

@@ -10,17 +10,25 @@ sees them, and those of the values go to the output's bias.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
-from convert.methods.attended import Attended
 from convert.methods.mixing import Mixed, Rows
 from convert.planes import planes_of
 
-__all__ = ["Factored", "embedded", "factored", "lost_without_turn", "still_keys", "to_latent"]
+__all__ = [
+    "Factored",
+    "embedded",
+    "factored",
+    "latent_form",
+    "still_keys",
+    "value_gram",
+    "with_idle_pairs",
+]
 
 _FLOOR = 1e-9  # of the largest variance of the inputs
 
@@ -44,11 +52,6 @@ class Factored:
     spectrum: Tensor
 
 
-def lost_without_turn(attended: Attended) -> Tensor:
-    """[P, n] energy that each component of the keys loses with its rotation, over all heads."""
-    return (attended.energy * (1 - attended.turn.abs().square()).clamp(min=0)).sum(0)
-
-
 def still_keys(rows: Rows, mixed: Mixed, turn: Tensor, kept: Tensor, factor: float) -> Tensor:
     """Keys [H, D, E'] of each query head without rotation and without the components kept.
 
@@ -68,8 +71,14 @@ def still_keys(rows: Rows, mixed: Mixed, turn: Tensor, kept: Tensor, factor: flo
 
 
 def factored(
-    keys: Tensor, values: Tensor, *, key_metric: Tensor, value_gram: Tensor, moment: Tensor,
-    rank: int, centred: bool = True
+    keys: Tensor,
+    values: Tensor,
+    *,
+    key_metric: Tensor,
+    value_gram: Tensor,
+    moment: Tensor,
+    rank: int,
+    centred: bool = True,
 ) -> Factored:
     """The latent that keeps the most of keys and values.
 
@@ -104,8 +113,30 @@ def factored(
     return Factored(latent, read_keys @ top, v_up, constant, spectrum.flip(0).clamp(min=0))
 
 
-def to_latent(
-    layer: AttentionLayer, rows: Rows, mixed: Mixed, kept: Tensor, factored: Factored, scale: float
+def value_gram(layer: AttentionLayer, together: Tensor) -> Tensor:
+    """[Hkv * Dv, Hkv * Dv] what errors of the values add up to in the residual stream.
+
+    Args:
+        layer: Its output projection.
+        together: [H, H] how much two heads read the same tokens; see ``Attended.values``.
+    """
+    geometry = layer.geometry
+    o = _wide(layer.o)
+    gram = torch.einsum("ehd,egf->hdgf", o, o) * together[:, None, :, None]
+    members = (geometry.kv_heads, geometry.group, geometry.value_dim)
+    summed = gram.reshape(*members, *members).sum((1, 4))
+    width = geometry.kv_heads * geometry.value_dim
+    return summed.reshape(width, width)
+
+
+def latent_form(
+    layer: AttentionLayer,
+    rows: Rows,
+    mixed: Mixed,
+    *,
+    kept: Tensor,
+    factored: Factored,
+    scale: float,
 ) -> LatentLayer:
     """The latent layer of a cut and a factorisation, in float64.
 
@@ -149,6 +180,22 @@ def to_latent(
         o_bias=o_bias,
         planes=tuple(planes.tolist()),
         scale=scale,
+    )
+
+
+def with_idle_pairs(layer: LatentLayer, planes: tuple[int, ...]) -> LatentLayer:
+    """A layer without positions, with rotary pairs that are zero, as others of its model have."""
+    width, sizes = 2 * len(planes), layer.geometry
+    query = layer.q.new_zeros(sizes.heads, width, sizes.hidden)
+    bias = None if layer.q_bias is None else torch.cat([layer.q_bias, query[..., 0]], 1)
+    return dataclasses.replace(
+        layer,
+        geometry=dataclasses.replace(sizes, rope_dim=width),
+        q=torch.cat([layer.q, query], 1),
+        q_bias=bias,
+        k_rope=query[0],
+        k_rope_bias=None if layer.k_rope_bias is None else query[0, :, 0],
+        planes=planes,
     )
 
 
@@ -211,9 +258,7 @@ def embedded(layer: AttentionLayer, scale: float) -> LatentLayer:
         v_up=v_up,
         o=o,
         q_bias=None if layer.q_bias is None else query(layer.q_bias.double()),
-        k_rope_bias=None
-        if layer.k_bias is None
-        else layer.k_bias.double()[:, turning].flatten(),
+        k_rope_bias=None if layer.k_bias is None else layer.k_bias.double()[:, turning].flatten(),
         o_bias=o_bias,
         planes=tuple(range(turned // 2)) * kv_heads,
         scale=scale,

@@ -18,7 +18,7 @@ from convert.layer import AttentionLayer
 from convert.methods.attention import plane_order, with_head_order
 from convert.planes import floored
 
-__all__ = ["Mixed", "Rows", "mixed", "rows_of"]
+__all__ = ["Mixed", "Rows", "mixed", "query_energy", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,18 @@ class Mixed:
 
 def rows_of(layer: AttentionLayer) -> Rows:
     """Rows of a layer with q, k, v and ``rope``, without query/key norms."""
-    assert layer.rope is not None
+    rope = layer.rope
+    assert rope is not None
     layer = with_head_order(layer, plane_order(layer))
     q, k, v = (_augmented(layer, part) for part in ("q", "k", "v"))
-    return Rows(q, k, v, layer.rope.dim // 2)
+    return Rows(q, k, v, rope.dim // 2)
+
+
+def query_energy(rows: Rows, moment: Tensor) -> Tensor:
+    """[H, P] energy of the queries of each head in each plane, for inputs of a second moment."""
+    pairs = rows.q[:, : 2 * rows.planes]
+    power = ((pairs @ moment) * pairs).sum(-1)
+    return power.view(-1, rows.planes, 2).sum(-1)
 
 
 def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:

@@ -117,9 +117,7 @@ def refit_latent_scores(
     q_bias = None
     if layer.q_bias is not None:
         back, q_bias = back[..., :-1], _nope_first(back[..., -1], sizes.rope_dim)
-    return dataclasses.replace(
-        layer, q=_nope_first(back, sizes.rope_dim), q_bias=q_bias, k_up=k_up
-    )
+    return dataclasses.replace(layer, q=_nope_first(back, sizes.rope_dim), q_bias=q_bias, k_up=k_up)
 
 
 def _rope_first(rows: Tensor, nope: int) -> Tensor:

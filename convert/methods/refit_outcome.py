@@ -17,11 +17,9 @@ from convert.methods.least_squares import solve, total
 
 __all__ = ["ValueReader", "refit_output", "refit_values"]
 
-import os
-_OUTPUT_RIDGE = float(os.environ.get("KV_OR","1e-3"))  # of the mean power of a head's dim, towards what the projection was
-_VALUE_RIDGE = float(os.environ.get("KV_VR","1e-3"))  # of the mean diagonal of the normal matrix, likewise
-import os
-_STEPS = int(os.environ.get("KV_STEPS","20"))
+_OUTPUT_RIDGE = 1e-3  # of the mean power of a head's dim, towards what the projection was
+_VALUE_RIDGE = 1e-3  # of the mean diagonal of the normal matrix, likewise
+_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)

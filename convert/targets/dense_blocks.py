@@ -81,20 +81,19 @@ def stock_config(facts: ModelFacts) -> Any:
 
 def block_problem(facts: ModelFacts) -> str | None:
     """Why a model's block is not DeepSeek's up to factors; None if it is."""
-    block = BLOCKS.get(facts.family.model_type)
-    if block is None:
-        return (
-            f"a block of {facts.family.model_type} is not two RMS norms, each before its branch, "
-            "around attention and a gated MLP"
-        )
+    model_type = facts.family.model_type
     seen = any(window is not None and window < facts.context for window in facts.windows)
     problems = (
         (facts.qk_norm is not None, "it normalises queries and keys"),
         (facts.softcap is not None, "its scores have a soft cap"),
         (facts.clip is not None, "it clamps queries, keys and values"),
+        (
+            model_type not in BLOCKS,
+            f"a {model_type} block is not attention and a gated MLP, an RMS norm before each",
+        ),
         (seen, "it has sliding windows"),
-        (facts.sources != tuple(range(facts.layers)), "its layers share keys and values"),
     )
     if found := [problem for holds, problem in problems if holds]:
         return found[0]
-    return "its MLP has biases" if block.mlp_bias(stock_config(facts)) else None
+    biased = BLOCKS[model_type].mlp_bias(stock_config(facts))
+    return "its MLP has biases" if biased else None

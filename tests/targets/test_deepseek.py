@@ -175,6 +175,21 @@ def test_scaled_positions_are_a_list_of_frequencies(
 
 
 @pytest.mark.parametrize(
+    ("low", "kind"), [(1.0, "longrope"), (1e-9, "default")], ids=["all", "none"]
+)
+def test_a_scaling_that_changes_no_plane_leaves_the_kind(
+    tmp_path: Path, low: float, kind: str
+) -> None:
+    """Planes in their own order; llama3 scales those whose wavelength is above a bound."""
+    scaling = {**_ROPES["llama3"], "low_freq_factor": low, "high_freq_factor": 4 * low}
+    keys = {"rope_parameters": {"rope_theta": 300.0, **scaling}, "head_dim": 12}
+    source = save(tmp_path / "source", "llama", num_key_value_heads=1, **keys)
+    result = write_latent(source, tmp_path / "out")
+    assert_same(source, result, tokens=40)
+    assert read_json(result / "config.json")["rope_parameters"]["rope_type"] == kind
+
+
+@pytest.mark.parametrize(
     ("planes", "kind", "theta"),
     [
         ((0, 1, 2, 3, 4, 5), "default", 1e4),

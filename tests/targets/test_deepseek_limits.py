@@ -50,18 +50,20 @@ def test_a_bias_has_no_place_in_a_file_without_biases(
 
 _REASONS = {
     "mistral:window": "sliding windows",
-    "mixtral": "a block of mixtral is not",
+    "mixtral": "a mixtral block is not",
     "qwen2:window-tied": "sliding windows",
-    "qwen3": "a block of qwen3 is not",
-    "gemma2": "a block of gemma2 is not",
-    "olmo": "a block of olmo is not",
+    "qwen3": "normalises queries and keys",
+    "gemma2": "soft cap",
+    "gemma2:bias-nocap": "a gemma2 block is not",
+    "olmo": "a olmo block is not",
+    "olmo:bias-clip": "clamps queries",
     "phi3:window-partial": "sliding windows",
-    "stablelm": "a block of stablelm is not",
-    "cohere": "a block of cohere is not",
+    "stablelm": "a stablelm block is not",
+    "cohere": "a cohere block is not",
     "smollm3:bias-window-untied": "sliding windows",
-    "glm4": "a block of glm4 is not",
+    "glm4": "a glm4 block is not",
     "ernie4_5:bias-untied": "its MLP has biases",
-    "gpt2": "a block of gpt2 is not",
+    "gpt2": "a gpt2 block is not",
 }
 
 

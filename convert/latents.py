@@ -1,0 +1,267 @@
+"""The scheme of a conversion to latents (MLA): sizes, class, and what is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.facts import ModelFacts
+from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
+from convert.methods import Method
+from convert.recipe import MlaRecipe, parse_budget
+from convert.targets import Target
+from convert.targets.deepseek import deepseek_class, deepseek_problem
+from convert.targets.latent import latent_class
+from convert.targets.serving import serving_problems
+from kvpatch.errors import UsageError
+from kvpatch.memory import KVCache, latent_cache
+
+__all__ = [
+    "Planes",
+    "Sizes",
+    "latent_method",
+    "latent_target",
+    "most_dims",
+    "placeholder_planes",
+    "refuse_latents",
+    "sizes_of",
+]
+
+Planes = Sequence[Sequence[int]]
+# shares of a budget that its rotary dims may take
+_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """Dims of the latent and of the rotary key, in every layer."""
+
+    rank: int
+    rope_dims: int
+
+
+def refuse_latents(facts: ModelFacts) -> None:
+    """Refuse what latents cannot hold.
+
+    Raises:
+        UsageError: Naming what stands in the way.
+    """
+    name = facts.family.model_type
+    reasons = {
+        "its queries and keys have a norm, which a shared latent does not commute with": (
+            facts.qk_norm is not None
+        ),
+        f"clip_qkv {facts.clip} cuts off what latents would reproduce": facts.clip is not None,
+        f"its scores have a softcap of {facts.softcap}, under which constants of keys count": (
+            facts.softcap is not None
+        ),
+        "its scores have ALiBi offsets": facts.family.positions == "alibi",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(
+                f"this {name} model cannot be converted to latents: {reason}",
+                hint="Merge its KV heads instead: kvpatch gqa or kvpatch cla.",
+            )
+
+
+def most_dims(facts: ModelFacts) -> Sizes:
+    """Sizes at which nothing is lost, or that cannot be exceeded."""
+    geometry = facts.geometry
+    planes = max(rope.dim for rope in facts.ropes) // 2
+    return Sizes(geometry.hidden, 2 * planes * geometry.kv_heads)
+
+
+def sizes_of(recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
+    """The sizes that a recipe allows: one if it gives them, else the splits of its budget.
+
+    Raises:
+        UsageError: If the model cannot have them.
+    """
+    most = most_dims(facts)
+    if recipe.kv_budget is None:
+        assert recipe.rank is not None
+        assert recipe.rope_dims is not None
+        possible = [Sizes(recipe.rank, recipe.rope_dims)]
+    else:
+        budget = parse_budget(recipe.kv_budget)
+        possible = [Sizes(*budget)] if isinstance(budget, tuple) else _splits(budget, facts, most)
+    if len(possible) == 1:
+        _check(possible[0], most, facts)
+    return possible
+
+
+def _splits(share: float, facts: ModelFacts, most: Sizes) -> list[Sizes]:
+    geometry = facts.geometry
+    values = int(share * geometry.kv_heads * (geometry.head_dim + geometry.value_dim))
+    found = []
+    for part in _SHARES if most.rope_dims else (0.0,):
+        rope = min(most.rope_dims, 2 * round(part * values / 2))
+        rank = min(most.rank, values - rope)
+        if rank > 0 and (rope or not most.rope_dims):
+            found.append(Sizes(rank, rope))
+    if not found:
+        raise UsageError(
+            f"--kv-budget {100 * share:g}% leaves {values} values per token and layer, too few",
+            hint="Give a larger budget.",
+        )
+    return sorted(set(found), key=lambda sizes: sizes.rope_dims)
+
+
+def _check(sizes: Sizes, most: Sizes, facts: ModelFacts) -> None:
+    if sizes.rank > most.rank:
+        raise UsageError(
+            f"--rank {sizes.rank} is more than this model's hidden width of {most.rank}",
+            hint="A latent of that width would hold the whole input.",
+        )
+    if sizes.rope_dims > most.rope_dims:
+        raise UsageError(
+            f"--rope-dims {sizes.rope_dims} is more than the {most.rope_dims} dims that rotate in "
+            f"all keys of a layer of this {facts.family.model_type} model"
+        )
+
+
+def placeholder_planes(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes) -> list[list[int]]:
+    """Planes for a plan from headers alone: those of ``stride``, else any."""
+    pairs = sizes.rope_dims // 2
+    planes = max(rope.dim for rope in facts.ropes) // 2
+    step = max(1, planes // pairs) if recipe.rope_select == "stride" and pairs else 1
+    return [[step * pair % planes for pair in range(pairs)]] * facts.layers
+
+
+def latent_method(
+    sizes: Sizes, facts: ModelFacts, planes: Sequence[int], *, constants: bool
+) -> Method:
+    """The conversion of a layer as plan and engine see it; a ``Converting`` carries it out."""
+    return Method(
+        reads=frozenset({"q", "k", "v", "o"}),
+        outline=partial(
+            _outline, sizes=sizes, planes=tuple(planes), scale=facts.scales[0], constants=constants
+        ),
+        convert=None,
+        # rows and components in float64 and complex128, and squares of the hidden width
+        working_bytes=lambda largest: 96 * largest,
+    )
+
+
+def _outline(
+    layers: Sequence[AttentionLayer],
+    *,
+    sizes: Sizes,
+    planes: tuple[int, ...],
+    scale: float,
+    constants: bool,
+) -> list[LatentLayer]:
+    (layer,) = layers
+    g = layer.geometry
+    like = layer.q
+    assert like is not None
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros((), dtype=like.dtype).expand(shape)
+
+    rank, rope = sizes.rank, sizes.rope_dims
+    width = g.head_dim + rope
+    return [
+        LatentLayer(
+            geometry=LatentGeometry(
+                hidden=g.hidden,
+                heads=g.heads,
+                rank=rank,
+                nope_dim=g.head_dim,
+                rope_dim=rope,
+                value_dim=g.value_dim,
+            ),
+            q=zeros(g.heads, width, g.hidden),
+            latent=zeros(rank, g.hidden),
+            k_rope=zeros(rope, g.hidden),
+            k_up=zeros(g.heads, g.head_dim, rank),
+            v_up=zeros(g.heads, g.value_dim, rank),
+            o=zeros(g.hidden, g.heads, g.value_dim),
+            q_bias=None if layer.q_bias is None else zeros(g.heads, width),
+            k_rope_bias=None if layer.k_bias is None else zeros(rope),
+            o_bias=zeros(g.hidden) if constants else None,
+            planes=planes,
+            scale=scale,
+        )
+    ]
+
+
+def latent_target(
+    recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes, *, largest: float | None
+) -> tuple[Target, KVCache]:
+    """The class that holds the result, and its cache.
+
+    Args:
+        recipe: What is asked for; without a target, the class of transformers if it can hold it.
+        facts: The source.
+        sizes: Of all layers.
+        planes: For each layer the RoPE plane of each pair of the rotary key.
+        largest: Largest norm of a latent, if known.
+
+    Raises:
+        UsageError: If no class does, or not the one asked for.
+    """
+    name = facts.family.model_type
+    common = next((list(p) for p in planes if p), [])
+    problem = deepseek_problem(facts, common)
+    if any(list(p) != common for p in planes):
+        problem = problem or "its layers keep components of different frequencies"
+    if recipe.target != "kvpatch" and problem is None:
+        native = deepseek_class(
+            facts,
+            rank=sizes.rank,
+            planes=common,
+            nope_dim=facts.geometry.head_dim,
+            arch=recipe.arch,
+            inert="epsilon" if recipe.serving else "constant",
+            dtype=recipe.dtype,
+            largest=largest,
+        )
+        assert native is not None
+        if recipe.serving:
+            _check_serving(native, facts)
+        # the norm of the constant form needs one dim of its own
+        cached = sizes.rank + (not recipe.serving)
+        return native, _cache(recipe, facts, cached, sizes.rope_dims)
+    if recipe.target == "native" or recipe.serving:
+        asked = "--serving" if recipe.serving else "--target native"
+        raise UsageError(
+            f"{asked}: no latent attention of transformers holds this {name} model: {problem}",
+            hint="Choose --target kvpatch.",
+        )
+    ours = latent_class(
+        facts,
+        ranks=[sizes.rank] * facts.layers,
+        planes=planes,
+        nope_dim=facts.geometry.head_dim,
+        value_dim=facts.geometry.value_dim,
+        kv_source_layers=None,
+    )
+    if ours is None:
+        raise UsageError(
+            f"no class with latent attention holds a {name} model",
+            hint="Merge its KV heads instead: kvpatch gqa.",
+        )
+    return ours, _cache(recipe, facts, sizes.rank, sizes.rope_dims)
+
+
+def _check_serving(target: Target, facts: ModelFacts) -> None:
+    problems = serving_problems(target.edit(facts.config))
+    if problems:
+        raise UsageError(
+            "--serving: servers would not load the result as it should be: " + "; ".join(problems),
+            hint="Give --kv-budget 512+64 or 256+64 and --rope-select stride, or leave --serving.",
+        )
+
+
+def _cache(recipe: MlaRecipe, facts: ModelFacts, rank: int, rope: int) -> KVCache:
+    bytes_per_value = {"float64": 8, "float32": 4}.get(recipe.dtype or facts.dtype, 2)
+    settings: dict[str, Any] = {"layers": facts.layers, "rank": rank, "rope_dim": rope}
+    windows = facts.windows if facts.family.windows.cached else (None,) * facts.layers
+    return latent_cache(**settings, windows=windows, bytes_per_value=bytes_per_value)
