@@ -31,7 +31,8 @@ def choose_plan(
 ) -> tuple[int, ...]:
     """The sharing plan that loses least with as many producers as a uniform plan would have.
 
-    A group may have up to ``2 * share`` layers, so that others can be left alone. Its loss is what
+    A group may have up to ``2 * share`` layers, so that others can be left alone; layer 0 always
+    is. The loss of a group is what
     the method says that its layers lose together, as shares of key and value energy.
 
     Args:
@@ -47,10 +48,12 @@ def choose_plan(
         UsageError: If the model's layers differ too much to share that often.
         InputModelError: If attention weights hold NaN or infinity.
     """
-    groups = groups_up_to(facts, min(2 * share, facts.layers))
+    # layer 0 sees embeddings alone, from which what a later layer reads is not linear
+    possible = groups_up_to(facts, min(2 * share, facts.layers))
+    groups = [(start, end) for start, end in possible if start]
     if not groups:
         raise UsageError(
-            "no two adjacent layers of this model are of one kind, so none can share",
+            "no two adjacent layers of this model after layer 0 are of one kind, so none can share",
             hint="Merge the heads inside its layers: kvpatch gqa.",
         )
     decoder = None

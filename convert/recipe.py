@@ -349,7 +349,18 @@ def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML: no duplicate keys, no anchors (which can grow without bound), no tags."""
+    """Plain YAML: no duplicate keys, no anchors (which can grow without bound), no tags.
+
+    A range such as 1:6 is text, and not a number of base 60 as in YAML 1.1.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # of PyYAML's class
+        first: [
+            (tag, re.compile(rf"(?!.*:){pattern.pattern}", pattern.flags))
+            for tag, pattern in resolvers
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING
 from convert.checkpoint.writer import write_file
 from convert.console import visible
 from convert.reporting import plots
-from convert.reporting.conversions import Conversion, read_conversions
-from convert.reporting.rows import Row, lost_energy_rows, pareto_rows, similarity_rows
+from convert.reporting.conversions import (
+    Conversion,
+    LatentConversion,
+    MergedConversion,
+    read_conversions,
+)
+from convert.reporting.rows import (
+    Row,
+    latent_rows,
+    lost_energy_rows,
+    pareto_rows,
+    similarity_rows,
+)
 from kvpatch.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -103,17 +114,23 @@ def _not_evaluated(conversions: Sequence[Conversion]) -> list[Conversion]:
     return missing
 
 
-def _charts(conversions: Sequence[Conversion]) -> list[_Chart]:
+def _charts(conversions: Sequence[MergedConversion | LatentConversion]) -> list[_Chart]:
     measured = pareto_rows(conversions)
     charts = [_Chart("pareto", measured, partial(plots.pareto, measured))]
     for conversion in conversions:
-        name, lost = conversion.name, lost_energy_rows(conversion)
-        charts.append(_Chart(f"lost-energy-{name}", lost, partial(plots.lost_energy, conversion)))
+        charts.append(_lost_energy(conversion))
         similar = similarity_rows(conversion)
         if similar:
             draw = partial(plots.similarity, conversion)
-            charts.append(_Chart(f"similarity-{name}", similar, draw))
+            charts.append(_Chart(f"similarity-{conversion.name}", similar, draw))
     return charts
+
+
+def _lost_energy(conversion: MergedConversion | LatentConversion) -> _Chart:
+    name = f"lost-energy-{conversion.name}"
+    if isinstance(conversion, LatentConversion):
+        return _Chart(name, latent_rows(conversion), partial(plots.latent_energy, conversion))
+    return _Chart(name, lost_energy_rows(conversion), partial(plots.lost_energy, conversion))
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

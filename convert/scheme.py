@@ -142,7 +142,7 @@ def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
             )
         similar = calibrated and not normed and 1 < wanted < now
         choices["group"] = recipe.group or ("similar" if similar else "adjacent")
-    elif alibi:  # every query head has a slope of its own, so that none can change places
+    elif alibi or normed:  # query heads that stay in their places, or keys that are not matched
         choices["match"] = False
     return choices
 

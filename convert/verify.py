@@ -14,9 +14,11 @@ from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
-from convert.facts import check_shapes, has_latents, read_facts
+from convert.facts import ModelFacts, check_shapes, has_latents, read_facts
 from convert.families import tensor_names
 from convert.loading import load_model, load_tokenizer, quiet_transformers
+from convert.targets.deepseek import deepseek_class
+from convert.targets.target import layer_and_rest
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
 from kvpatch.memory import KVCache, latent_cache
 
@@ -172,18 +174,56 @@ def _untouched(folder: Path, source: Path) -> str:
         }
         if read_manifest(folder)["recipe"].get("dtype"):
             raise _SkippedError("all weights were cast")
+        copied = _copied(facts, new.config)
         same = [
-            name
-            for name, info in new.tensors.items()
-            if name not in converted
-            and name in old.tensors
-            and (info.dtype, info.shape) == (old.tensors[name].dtype, old.tensors[name].shape)
+            (name, before)
+            for before, info in old.tensors.items()
+            if before not in converted
+            for name in copied(before)
+            if name in new.tensors
+            and (info.dtype, info.shape) == (new.tensors[name].dtype, new.tensors[name].shape)
         ]
-        for name in same:
-            pairs = zip(new.chunks(name), old.chunks(name), strict=True)
+        for name, before in same:
+            pairs = zip(new.chunks(name), old.chunks(before), strict=True)
             if any(bytes(a) != bytes(b) for a, b in pairs):
                 raise VerificationError(f"{name!r} differs from the source, but was not converted")
         return f"{len(same)} of {len(new.tensors)} tensors are the source's, byte for byte"
+
+
+def _copied(facts: ModelFacts, config: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """What a tensor of the source is called in the result, if its bytes are copied.
+
+    DeepSeek's class takes up constant factors of the source's block in its weights; others have
+    every tensor outside the attention as it was.
+
+    Args:
+        facts: The source.
+        config: The result's config.json.
+    """
+    target = None
+    if config["model_type"] in ("deepseek_v3", "youtu"):
+        # the sizes of the latent change nothing outside the attention
+        target = deepseek_class(
+            facts,
+            rank=config["kv_lora_rank"],
+            planes=(0,),
+            nope_dim=config["qk_nope_head_dim"],
+            arch=config["model_type"],
+            inert="constant" if config["attention_bias"] else "epsilon",
+            dtype=None,
+            largest=None,
+        )
+    if target is None:
+        return lambda name: [name]
+    rewritten = target
+
+    def copied(name: str) -> list[str]:
+        place = layer_and_rest(name, facts.family)
+        if place is not None and place[1] in rewritten.folds:
+            return []
+        return [rewrite.name for rewrite in rewritten.rewrites(name) if rewrite.transform is None]
+
+    return copied
 
 
 class _Runner:

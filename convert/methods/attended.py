@@ -58,7 +58,8 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
     assert layer.q is not None
     heads, group = layer.geometry.heads, layer.geometry.group
     planes, count = mixed.energy.shape
-    turn = observed.scoring.turn.to(torch.complex64)
+    kind = observed.inputs.dtype.to_complex()
+    turn = observed.scoring.turn.to(kind)
     turn = turn / turn.abs()
     energy = torch.zeros(heads, planes, count, dtype=torch.float64)
     turned = torch.zeros(heads, planes, count, dtype=torch.complex128)
@@ -66,21 +67,21 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
         heads, layer.geometry.head_dim, layer.geometry.head_dim, dtype=torch.float64
     )
     values = torch.zeros(heads, heads, dtype=torch.float64)
-    rows = mixed.rows.to(torch.complex64).flatten(0, 1).to(turn.device)
+    rows = mixed.rows.to(kind).flatten(0, 1).to(turn.device)
     seen = 0
     for window in _windows(observed):
         inputs = window.inputs[0]
         chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
         attention = _weights(window)[:, chosen]
         importance = _importance(window, attention, chosen) if by_output else attention
-        parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(torch.complex64) @ rows.mT
-        power = parts.abs().square().view(-1, planes, count)
+        parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(kind) @ rows.mT
+        power = parts.abs().square().view(len(parts), planes, count)
         spun = power * turn[..., None]
         stacked = torch.cat([power, spun.real, spun.imag], 1).flatten(1)
         query = project(layer.q, layer.q_bias, window.inputs)[0][:, chosen]
         for head in range(heads):
-            read = (importance[head] @ stacked).view(-1, 3, planes, count)
-            size = query[head, :, : 2 * planes].reshape(-1, planes, 2).square().sum(-1)
+            read = (importance[head] @ stacked).view(len(chosen), 3, planes, count)
+            size = query[head, :, : 2 * planes].square().reshape(len(chosen), planes, 2).sum(-1)
             energy[head] += torch.einsum("tp,tpn->pn", size, read[:, 0]).double().cpu()
             back = size * turn[chosen].conj()
             found = torch.complex(read[:, 1], read[:, 2])

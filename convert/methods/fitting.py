@@ -330,7 +330,7 @@ def row_divergence(
         found = weights(logits(query, shared[0][window : window + 1], scoring), scoring)
         ratio = torch.where(truth > 0, truth * (truth / found.clamp(min=1e-30)).log(), 0.0)
         total += float(ratio.sum(-1).mean())
-    return total / len(inputs)
+    return max(0.0, total / len(inputs))  # rounding can give less than nothing
 
 
 def _augmented(window: Tensor) -> Tensor:

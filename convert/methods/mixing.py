@@ -74,7 +74,7 @@ def query_energy(rows: Rows, moment: Tensor) -> Tensor:
     """[H, P] energy of the queries of each head in each plane, for inputs of a second moment."""
     pairs = rows.q[:, : 2 * rows.planes]
     power = ((pairs @ moment) * pairs).sum(-1)
-    return power.view(-1, rows.planes, 2).sum(-1)
+    return power.view(len(power), rows.planes, 2).sum(-1)
 
 
 def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
@@ -87,9 +87,7 @@ def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
     """
     weights = floored(weights)
     scaled = weights.sqrt()[..., None] * rows.turning_k
-    read = torch.view_as_complex(
-        (torch.view_as_real(scaled).transpose(-1, -2) @ moment).transpose(-1, -2).contiguous()
-    )
+    read = torch.complex(scaled.real @ moment, scaled.imag @ moment)
     covariance = torch.einsum("gpe,hpe->pgh", read, scaled.conj())
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
@@ -102,7 +100,7 @@ def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
 
 
 def _complex(heads: Tensor, planes: int) -> Tensor:
-    pairs = heads[:, : 2 * planes].reshape(len(heads), planes, 2, -1)
+    pairs = heads[:, : 2 * planes].reshape(len(heads), planes, 2, heads.shape[-1])
     return torch.complex(pairs[:, :, 0], pairs[:, :, 1])
 
 

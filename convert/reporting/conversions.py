@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -12,7 +12,16 @@ from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.staging import MANIFEST
 from kvpatch.errors import InputModelError, UsageError
 
-__all__ = ["Conversion", "Evaluation", "Layer", "read_conversions"]
+__all__ = [
+    "Conversion",
+    "Evaluation",
+    "LatentConversion",
+    "LatentLayer",
+    "Layer",
+    "MergedConversion",
+    "MergedLayer",
+    "read_conversions",
+]
 
 
 class _Checked(BaseModel):
@@ -30,6 +39,9 @@ class _Source(_Checked):
 
 class _Recipe(_Checked):
     method: str
+
+
+class _Merge(_Recipe):
     merge: str
 
 
@@ -43,22 +55,46 @@ class Layer(_Checked):
     Args:
         layer: Its index.
         source: The layer whose keys and values it reads.
-        lost_energy_k: Lost share of the energy of its keys; above 1 for a bad average.
-        lost_energy_v: The same of its values.
-        lost_heads_k: The share of each KV head of the source.
-        lost_heads_v: The same for values.
         attention_kl: Measured KL from its attention weights before, in nats; if calibrated.
         output_error: Squared error of its attention output, relative to its power; if calibrated.
     """
 
     layer: int
     source: int
+    attention_kl: float | None = None
+    output_error: float | None = None
+
+
+class MergedLayer(Layer):
+    """A layer whose KV heads were merged.
+
+    Args:
+        lost_energy_k: Lost share of the energy of its keys; above 1 for a bad average.
+        lost_energy_v: The same of its values.
+        lost_heads_k: The share of each KV head of the source.
+        lost_heads_v: The same for values.
+    """
+
     lost_energy_k: float
     lost_energy_v: float
     lost_heads_k: list[float]
     lost_heads_v: list[float]
-    attention_kl: float | None = None
-    output_error: float | None = None
+
+
+class LatentLayer(Layer):
+    """A layer whose keys and values became one latent, which has no heads.
+
+    Args:
+        rank: Latent dims.
+        rope_dims: Rotary dims.
+        lost_energy_rope: Share of the energy of its keys that was lost with their rotation.
+        lost_energy_latent: Share that the latent lost of what it should hold.
+    """
+
+    rank: int
+    rope_dims: int
+    lost_energy_rope: float
+    lost_energy_latent: float
 
 
 class _Against(_Checked):
@@ -111,7 +147,7 @@ class Conversion(_Checked):
     source: _Source
     recipe: _Recipe
     kv_cache: _Cache
-    layers: list[Layer]
+    layers: Sequence[Layer]
     evaluations: list[Evaluation]
     similarity: list[list[float]] | None = None
 
@@ -122,9 +158,6 @@ class Conversion(_Checked):
             raise ValueError("layers are not numbered from 0")
         if any(not 0 <= layer.source < count for layer in self.layers):
             raise ValueError("a layer reads the keys of a layer that is not there")
-        heads = {len(h) for layer in self.layers for h in (layer.lost_heads_k, layer.lost_heads_v)}
-        if len(heads) != 1:
-            raise ValueError("layers have different numbers of heads")
         for key in ("attention_kl", "output_error"):
             if len({getattr(layer, key) is None for layer in self.layers}) != 1:
                 raise ValueError(f"{key} stands in some layers only")
@@ -140,7 +173,27 @@ class Conversion(_Checked):
         return sorted(file.sha256 for file in self.source.files.values())
 
 
-def read_conversions(folders: Sequence[Path]) -> list[Conversion]:
+class MergedConversion(Conversion):
+    """A conversion that merged KV heads."""
+
+    recipe: _Merge
+    layers: list[MergedLayer]
+
+    @model_validator(mode="after")
+    def _heads_agree(self) -> Self:
+        heads = {len(h) for layer in self.layers for h in (layer.lost_heads_k, layer.lost_heads_v)}
+        if len(heads) != 1:
+            raise ValueError("layers have different numbers of heads")
+        return self
+
+
+class LatentConversion(Conversion):
+    """A conversion to latents."""
+
+    layers: list[LatentLayer]
+
+
+def read_conversions(folders: Sequence[Path]) -> list[MergedConversion | LatentConversion]:
     """The conversions in these folders, which must all have the same source.
 
     Raises:
@@ -175,9 +228,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
     )
 
 
-def _read(folder: Path, name: str) -> Conversion:
+def _read(folder: Path, name: str) -> MergedConversion | LatentConversion:
+    manifest = read_manifest(folder)
     try:
-        return Conversion.model_validate({**read_manifest(folder), "name": name})
+        return _kind(manifest).model_validate({**manifest, "name": name})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
@@ -185,3 +239,9 @@ def _read(folder: Path, name: str) -> Conversion:
             f"{folder / MANIFEST}: {where}: {first['msg'].removeprefix('Value error, ')}",
             hint="Convert again with this version of kvpatch.",
         ) from None
+
+
+def _kind(manifest: Mapping[str, Any]) -> type[MergedConversion] | type[LatentConversion]:
+    recipe = manifest.get("recipe")
+    latent = isinstance(recipe, Mapping) and recipe.get("method") == "mla"
+    return LatentConversion if latent else MergedConversion

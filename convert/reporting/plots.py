@@ -13,7 +13,13 @@ from math import ceil, log2
 from typing import TYPE_CHECKING, Any
 
 from convert.console import visible
-from convert.reporting.conversions import Conversion
+from convert.reporting.conversions import (
+    Conversion,
+    LatentConversion,
+    LatentLayer,
+    Layer,
+    MergedConversion,
+)
 from convert.reporting.rows import Row
 from kvpatch.memory import format_bytes
 
@@ -21,17 +27,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["lost_energy", "pareto", "render", "similarity"]
+__all__ = ["latent_energy", "lost_energy", "pareto", "render", "similarity"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PREDICTED, _MEASURED = _COLOURS[:2]
 # title, value of a layer, its unit and how many of those make 1, colour; drawn where it is known
-_LAYER_LINES: tuple[tuple[str, str, str, float, str], ...] = (
+_Line = tuple[str, str, str, float, str]
+_KL_LINE: _Line = ("measured:\nattention KL", "attention_kl", "nats", 1, _MEASURED)
+_ERROR_LINE: _Line = (
+    "measured:\noutput error",
+    "output_error",
+    "% of the power",
+    100,
+    _MEASURED,
+)
+_MERGED_LINES: tuple[_Line, ...] = (
     ("predicted:\nlost key energy", "lost_energy_k", "%", 100, _PREDICTED),
-    ("measured:\nattention KL", "attention_kl", "nats", 1, _MEASURED),
+    _KL_LINE,
     ("predicted:\nlost value energy", "lost_energy_v", "%", 100, _PREDICTED),
-    ("measured:\noutput error", "output_error", "% of the power", 100, _MEASURED),
+    _ERROR_LINE,
+)
+_LATENT_LINES: tuple[_Line, ...] = (
+    ("predicted:\nlost with the rotation", "lost_energy_rope", "% of the keys", 100, _PREDICTED),
+    _KL_LINE,
+    ("predicted:\nlost in the latent", "lost_energy_latent", "%", 100, _PREDICTED),
+    _ERROR_LINE,
 )
 _KL_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 _LINEAR_KL = 0.01  # below it the KL axis is linear, so that it can show 0
@@ -178,14 +199,14 @@ def _size_axis(panel: Axes, rows: Sequence[Row]) -> None:
     panel.set_xlabel("KV cache per token (share of the source's)")
 
 
-def lost_energy(conversion: Conversion) -> Figure:
+def lost_energy(conversion: MergedConversion) -> Figure:
     """Lost energy of each layer and head, and of each layer beside what was measured of it."""
     layers = conversion.layers
     maps = (
         ("keys", [layer.lost_heads_k for layer in layers]),
         ("values", [layer.lost_heads_v for layer in layers]),
     )
-    lines = [line for line in _LAYER_LINES if getattr(layers[0], line[1]) is not None]
+    lines = _known(_MERGED_LINES, layers[0])
     heads = len(layers[0].lost_heads_k)
     width = min(6.0, max(2.4, 0.34 * heads))
     title = (
@@ -202,7 +223,37 @@ def lost_energy(conversion: Conversion) -> Figure:
     _layer_axis(panels[0], conversion)
     highest = max(share for _, shares in maps for line in shares for share in line)
     _share_bar(figure, panels[:2], highest=highest)
-    for panel, (name, key, unit, scale, colour) in zip(panels[2:], lines, strict=True):
+    _draw_lines(panels[2:], lines, layers)
+    return figure
+
+
+def latent_energy(conversion: LatentConversion) -> Figure:
+    """What each layer lost of its rotation and in its latent, beside what was measured of it."""
+    layers = conversion.layers
+    lines = _known(_LATENT_LINES, layers[0])
+    title = f"{_short(conversion.name)} (mla, {_sizes(layers)}):\nenergy that was lost"
+    figure = _figure(1.75 * len(lines) + 1.2, _height(len(layers)), title)
+    panels = figure.subplots(1, len(lines), sharey=True)
+    _layer_axis(panels[0], conversion)
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)
+    _draw_lines(panels, lines, layers)
+    return figure
+
+
+def _sizes(layers: Sequence[LatentLayer]) -> str:
+    """Sizes of all layers, ``rank 512 + 64 rotary``, with ranges where they differ."""
+    ranks, rope = ([getattr(layer, key) for layer in layers] for key in ("rank", "rope_dims"))
+    least, most = min(ranks), max(ranks)
+    rank = f"{most}" if least == most else f"{least} to {most}"
+    return f"rank {rank} + {max(rope)} rotary"
+
+
+def _known(lines: Sequence[_Line], layer: Layer) -> list[_Line]:
+    return [line for line in lines if getattr(layer, line[1]) is not None]
+
+
+def _draw_lines(panels: Sequence[Axes], lines: Sequence[_Line], layers: Sequence[Layer]) -> None:
+    for panel, (name, key, unit, scale, colour) in zip(panels, lines, strict=True):
         values = [scale * getattr(layer, key) for layer in layers]
         panel.plot(values, range(len(layers)), color=colour, marker="o", markersize=4)
         panel.set_xlim(0, 1.1 * max(values) or 1)
@@ -210,7 +261,6 @@ def lost_energy(conversion: Conversion) -> Figure:
         panel.set_xlabel(unit)
         panel.grid(color="0.92")
         panel.locator_params(axis="x", nbins=3)
-    return figure
 
 
 def _height(layers: int) -> float:

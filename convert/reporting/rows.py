@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.reporting.conversions import Conversion, Evaluation
+from convert.reporting.conversions import (
+    Conversion,
+    Evaluation,
+    LatentConversion,
+    MergedConversion,
+)
 
-__all__ = ["Row", "lost_energy_rows", "pareto_front", "pareto_rows", "similarity_rows"]
+__all__ = [
+    "Row",
+    "latent_rows",
+    "lost_energy_rows",
+    "pareto_front",
+    "pareto_rows",
+    "similarity_rows",
+]
 
 Row = Mapping[str, Any]
 
@@ -76,7 +88,7 @@ def _row(
     }
 
 
-def lost_energy_rows(conversion: Conversion) -> list[Row]:
+def lost_energy_rows(conversion: MergedConversion) -> list[Row]:
     """One row for each layer and head: its lost shares, then those and the measures of its layer.
 
     The lost energy is predicted by the merge; ``attention_kl`` (nats) and ``output_error`` (share
@@ -98,6 +110,26 @@ def lost_energy_rows(conversion: Conversion) -> list[Row]:
         for head, (keys, values) in enumerate(
             zip(layer.lost_heads_k, layer.lost_heads_v, strict=True)
         )
+    ]
+
+
+def latent_rows(conversion: LatentConversion) -> list[Row]:
+    """One row for each layer: sizes, what it lost, and what was measured while calibrating.
+
+    ``lost_rope`` and ``lost_latent`` are predicted, before any refit.
+    """
+    return [
+        {
+            "layer": layer.layer,
+            "source": layer.source,
+            "rank": layer.rank,
+            "rope_dims": layer.rope_dims,
+            "lost_rope": layer.lost_energy_rope,
+            "lost_latent": layer.lost_energy_latent,
+            "attention_kl": layer.attention_kl,
+            "output_error": layer.output_error,
+        }
+        for layer in conversion.layers
     ]
 
 

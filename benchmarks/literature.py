@@ -1,0 +1,127 @@
+"""MLA as published: real mixing, one rotary component for each frequency, a balanced joint PCA.
+
+That is TransMLA (arXiv:2502.07864): keys of a RoPE plane are mixed by the real PCA of their
+activations, the first component of evenly spaced frequencies stays rotary, all others lose their
+rotation without replacement, keys and values are balanced by their mean norm and compressed by one
+uncentred PCA. Here for comparison alone; nothing in the package uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint.reader import Checkpoint
+from convert.decoder import Decoder
+from convert.execute import read_layer
+from convert.facts import read_facts, with_stored_names
+from convert.families import tensor_names
+from convert.layer import AttentionLayer, LatentLayer
+from convert.methods.attention import Scoring, keys, values
+from convert.methods.fitting import head_outputs, projected, second_moments
+from convert.methods.latent import Factored, factored, latent_form
+from convert.methods.mixing import Mixed, Rows, rows_of
+from convert.methods.refit_latent import expanded
+from convert.streams import ready, scoring_of
+
+__all__ = ["published_loss"]
+
+_PARTS = frozenset({"q", "k", "v", "o"})
+
+
+@torch.no_grad()
+def published_loss(
+    source: Path, calibration: Tensor, text: Tensor, *, rank: int, pairs: int
+) -> tuple[float, float]:
+    """Perplexity of the source and of the conversion, on windows [N, T] of a text.
+
+    Args:
+        source: A Llama checkpoint.
+        calibration: [N, T] tokens for the PCAs.
+        text: [N, T] tokens to measure on.
+        rank: Width of the latent.
+        pairs: Pairs of the rotary key.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with Checkpoint(source) as checkpoint:
+        facts = with_stored_names(read_facts(checkpoint.config), checkpoint.tensors)
+        decoder = Decoder(checkpoint, facts, context=text.shape[1], device="cpu")
+        original = decoder.embed(torch.cat([calibration, text]))
+        converted, count = original[len(calibration) :].clone(), len(calibration)
+        for number in range(facts.layers):
+            names = tensor_names(facts.family, facts.geometry, number, _PARTS)
+            stored = [name for name in names if name in checkpoint.tensors]
+            layer = read_layer(checkpoint, facts, number, stored, torch.float32)[0]
+            with decoder.block(number) as block:
+                original, inputs, _ = block.run_all(original)
+                moment = second_moments([inputs[:count]]).own[0]
+                latent = _published(layer, moment, facts.scales[number], rank, pairs)
+                scoring = scoring_of(facts, number, decoder, text.shape[1])
+                outputs = _outputs(latent, scoring, block.attention_inputs(converted))
+                converted = block.run_all_with(converted, outputs)
+    return _perplexity(stock, original[count:], text), _perplexity(stock, converted, text)
+
+
+def _published(
+    layer: AttentionLayer, moment: Tensor, scale: float, rank: int, pairs: int
+) -> LatentLayer:
+    rows = rows_of(layer)
+    mixed = _really_mixed(rows, moment)
+    planes, heads = mixed.energy.shape
+    kept = torch.zeros(planes, heads, dtype=torch.bool)
+    kept[:: planes // pairs, 0] = True
+    still = mixed.rows[~kept]
+    parts = torch.cat([still.real, still.imag])
+    ratio = _mean_norm(parts, moment) / _mean_norm(rows.v.flatten(0, 1), moment)
+    found = factored(
+        parts[None] / ratio,
+        rows.v,
+        key_metric=torch.eye(len(parts), dtype=torch.float64)[None],
+        value_gram=torch.eye(rows.v[..., 0].numel(), dtype=torch.float64),
+        moment=moment,
+        rank=rank,
+        centred=False,
+    )
+    real, imaginary = (ratio * found.k_up[0]).chunk(2)
+    component = torch.zeros(planes, heads, rank, dtype=torch.complex128)
+    component[~kept] = torch.complex(real, imaginary)
+    read = torch.einsum("gpj,pjr->gpr", mixed.maps, component)
+    k_up = torch.stack([read.real, read.imag], 2).flatten(1, 2)
+    factors = Factored(found.latent, k_up, found.v_up, found.v_constant, found.spectrum)
+    return latent_form(layer, rows, mixed, kept=kept, factored=factors, scale=scale)
+
+
+def _really_mixed(rows: Rows, moment: Tensor) -> Mixed:
+    """Components by the real PCA of each plane, both parts of a key being samples."""
+    turning = rows.turning_k
+    covariance = torch.einsum("gpe,ef,hpf->pgh", turning, moment.to(turning.dtype), turning.conj())
+    energy, vectors = torch.linalg.eigh(covariance.real)
+    vectors = vectors.flip(-1).to(turning.dtype)
+    mixed = torch.einsum("pgj,gpe->pje", vectors, turning)
+    return Mixed(mixed, vectors.transpose(0, 1), energy.flip(-1))
+
+
+def _mean_norm(rows: Tensor, moment: Tensor) -> float:
+    return float(((rows @ moment) * rows).sum(-1).clamp(min=0).sqrt().mean())
+
+
+def _outputs(latent: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
+    part = Scoring(
+        visible=scoring.visible,
+        turn=scoring.turn[:, list(latent.planes)],
+        scale=scoring.scale,
+    )
+    layer = ready(expanded(latent), "cpu")
+    shared = keys(layer, part, inputs), values(layer, part, inputs)
+    return projected(layer, head_outputs(layer, part, inputs, shared))
+
+
+def _perplexity(stock: torch.nn.Module, hidden: Tensor, text: Tensor) -> float:
+    logits = stock.get_submodule("lm_head")(stock.get_submodule("model.norm")(hidden))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+    return math.exp(float(loss))
