@@ -200,10 +200,13 @@ class LatentConverting(Converting):
                 original,
                 second_moments([seen.inputs]).own[0],
                 scale=seen.scoring.scale,
-                factor=float(turn.abs().mean()) if turn.shape[1] else 1.0,
+                factor=_rotary_factor(self.plan.facts, number),
             )
-        layer = _mapped(layer, self.device)
-        scoring = dataclasses.replace(seen.scoring, turn=turn[:, list(layer.planes)])
+        exact, layer = layer, _mapped(layer, self.device)
+        # pairs of a layer without positions are zero, however they turn
+        idle = turn.new_ones(len(turn), len(layer.planes))
+        kept = turn[:, list(layer.planes)] if turn.shape[1] else idle
+        scoring = dataclasses.replace(seen.scoring, turn=kept)
         with decoder.block(number) as block:
             inputs = block.attention_inputs(streams.converted)
             if self.refit_scores and not done:
@@ -221,7 +224,8 @@ class LatentConverting(Converting):
                 "attention_kl": row_divergence(seen, ready, scoring, inputs, shared),
                 "output_error": relative_error(outputs, seen.outputs),
             }
-            self._keep(step.layers, layer, result)
+            refitted = self.refit_scores or self.refit_output
+            self._keep(step.layers, layer if refitted else exact, result)
         return [token_gram(seen.inputs)]
 
     def _refit_outcome(
@@ -257,12 +261,17 @@ def latent_unit(
     (number,) = step.layers
     ((layer, _),) = read_unit(checkpoint, plan.facts, step, torch.float32)
     moment = white(plan.facts.geometry.hidden)
-    facts, factor = plan.facts, 1.0
-    if choice.planes[number] and facts.ropes[number].kind != "default":
-        factor = rope_table(facts, stock_config(facts)).attention_factor
-    scale = facts.scales[number]
+    scale, factor = plan.facts.scales[number], _rotary_factor(plan.facts, number)
     converted, result = choice.convert(number, layer, moment, scale=scale, factor=factor)
     return [converted], [result]
+
+
+def _rotary_factor(facts: ModelFacts, number: int) -> float:
+    """Factor on the cosines and sines of a layer, where a scaled RoPE has one."""
+    rope = facts.ropes[number]
+    if not rope.dim or rope.kind == "default":
+        return 1.0
+    return rope_table(facts, stock_config(facts)).attention_factor
 
 
 def _mapped(layer: LatentLayer, device: str) -> LatentLayer:

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import read_json
 from convert.console import Console
 from convert.evaluate import evaluate_checkpoint
@@ -20,7 +21,8 @@ from kvpatch.memory import format_bytes
 __all__ = ["run_demo"]
 
 _CONTEXT, _SAMPLES = 256, 32
-_CALIBRATED: dict[str, Any] = {"merge": "svd", "samples": 16, "context": 128}
+_TEXT: dict[str, Any] = {"samples": 16, "context": 128}
+_CALIBRATED: dict[str, Any] = {"merge": "svd", **_TEXT}
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("GQA, 4 KV heads, first", {"method": "gqa", "kv_heads": 4, "merge": "first"}),
     ("GQA, 4 KV heads, mean", {"method": "gqa", "kv_heads": 4, "merge": "mean"}),
@@ -34,6 +36,9 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("MQA, 1 KV head, calibrated", {"method": "mqa", **_CALIBRATED}),
     ("CLA2, 8 KV heads, mean", {"method": "cla", "share": 2, "merge": "mean"}),
     ("CLA2, 8 KV heads, calibrated", {"method": "cla", "share": 2, **_CALIBRATED}),
+    ("MLA, 25 % of the cache", {"method": "mla", "kv_budget": "25%"}),
+    ("MLA, 25 %, calibrated", {"method": "mla", "kv_budget": "25%", **_TEXT}),
+    ("MLA, 12.5 %, calibrated", {"method": "mla", "kv_budget": "12.5%", **_TEXT}),
 )
 
 
@@ -61,13 +66,13 @@ def run_demo(console: Console, keep: Path | None) -> None:
         name = f"source, {facts.geometry.kv_heads} KV heads"
         rows = [_row(name, facts.cache().bytes_per_token, evaluation.perplexity, 0.0)]
         for title, keys in _VARIANTS:
-            output = Path(work) / title.replace(", ", "-").replace(" ", "-").lower()
+            output = Path(work) / title.replace(", ", "-").replace(" ", "-").replace("%", "percent").lower()
             console.note(f"converting: {title}")
             paths = {"source": str(source), "output": str(output)}
             if "samples" in keys:
                 paths["calibration"] = str(folder / "demo-calibration.txt")
             convert(make_recipe({**keys, **paths}))
-            converted = read_facts(read_json(output / "config.json"))
+            cached = read_manifest(output)["kv_cache"]["bytes_per_token"][1]
             evaluation = evaluate_checkpoint(
                 output, text, against=source, context=_CONTEXT, samples=_SAMPLES
             )
@@ -75,7 +80,7 @@ def run_demo(console: Console, keep: Path | None) -> None:
             rows.append(
                 _row(
                     title,
-                    converted.cache().bytes_per_token,
+                    cached,
                     evaluation.perplexity,
                     evaluation.against.kl,
                 )

@@ -16,6 +16,7 @@ from convert.facts import (
     with_stored_dtype,
 )
 from convert.hub import fetch_config
+from convert.latents import Sizes, latent_architecture, most_dims
 from convert.targets import targets_for
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, latent_cache, multi_head_cache
@@ -68,7 +69,10 @@ def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFa
 
 def _refuse_latents(config: Mapping[str, Any]) -> None:
     if has_latents(config):
-        raise InputModelError(f"{config.get('model_type')} caches a latent already (MLA)")
+        raise InputModelError(
+            f"{config.get('model_type')} caches a latent already (MLA)",
+            hint="Of a conversion README.md says what it caches; kvpatch verify checks it.",
+        )
 
 
 def inspect_dims(
@@ -83,6 +87,7 @@ def inspect_dims(
         windows=(None,) * layers,
         bytes_per_value=bytes_per_value,
         window=_WINDOW,
+        most_latents=None,
     )
 
 
@@ -96,6 +101,7 @@ def facts_rows(facts: ModelFacts) -> list[CacheRow]:
         windows=facts.windows,
         bytes_per_value=facts.cache().bytes_per_value,
         window=min(_WINDOW, facts.context // 4),
+        most_latents=most_dims(facts) if _latent_conversion(facts) else None,
     )
 
 
@@ -108,11 +114,13 @@ def cache_rows(
     windows: Sequence[int | None],
     bytes_per_value: int,
     window: int,
+    most_latents: Sizes | None,
 ) -> list[CacheRow]:
     """The table: the model as it is, GQA for every divisor, MQA, CLA2, MLA and a sliding window.
 
     MLA has the proportions of DeepSeek-V2 (arXiv:2405.04434, section 3.1.2): rank ``4 * head_dim``
-    and ``head_dim / 2`` rotary dims.
+    and ``head_dim / 2`` rotary dims, as far as ``most_latents`` allows; it has a command if that is
+    given.
     """
 
     def shared(kv: int, share: int = 1, spans: Sequence[int | None] = windows) -> KVCache:
@@ -134,7 +142,11 @@ def cache_rows(
     rows.append(CacheRow(f"CLA2, {kv_heads} KV heads", shared(kv_heads, share=2)))
     if kv_heads > 1:
         rows.append(CacheRow("CLA2 + MQA", shared(1, share=2)))
-    rank, rope_dim = 4 * head_dim, max(2, head_dim // 2)
+    rank, rope_dim = 4 * head_dim, max(2, head_dim // 4 * 2)
+    command = None
+    if most_latents is not None:
+        rank, rope_dim = min(rank, most_latents.rank), min(rope_dim, most_latents.rope_dims)
+        command = f"kvpatch mla --kv-budget {rank}+{rope_dim}"
     rows.append(
         CacheRow(
             f"MLA, rank {rank} + {rope_dim} rotary",
@@ -145,6 +157,7 @@ def cache_rows(
                 windows=windows,
                 bytes_per_value=bytes_per_value,
             ),
+            command,
         )
     )
     if any(span is None for span in windows):
@@ -186,6 +199,7 @@ def describe(facts: ModelFacts) -> Mapping[str, Any]:
         "conversions": {
             "gqa": _conversion(facts, legal),
             "mqa": _conversion(facts, legal[:1]),
+            "mla": _latent_conversion(facts),
         },
     }
 
@@ -196,3 +210,11 @@ def _conversion(facts: ModelFacts, kv_heads: Sequence[int]) -> Mapping[str, Any]
         return None
     target = targets_for(facts, kv_heads=kv_heads[-1])[0]
     return {"kv_heads": list(kv_heads), "target": target.architecture}
+
+
+def _latent_conversion(facts: ModelFacts) -> Mapping[str, Any] | None:
+    """The class that holds latents of a model."""
+    if facts.family.model_type.startswith(PREFIX):
+        return None
+    target = latent_architecture(facts)
+    return None if target is None else {"target": target}

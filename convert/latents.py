@@ -13,9 +13,11 @@ from torch import Tensor
 from convert.facts import ModelFacts
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
 from convert.methods import Method
+from convert.methods.cut import Selection
 from convert.recipe import MlaRecipe, parse_budget
 from convert.targets import Target
 from convert.targets.deepseek import deepseek_class, deepseek_problem
+from convert.targets.dense_blocks import BLOCKS, stock_config
 from convert.targets.latent import latent_class
 from convert.targets.serving import serving_problems
 from kvpatch.errors import UsageError
@@ -24,6 +26,7 @@ from kvpatch.memory import KVCache, latent_cache
 __all__ = [
     "Planes",
     "Sizes",
+    "latent_architecture",
     "latent_method",
     "latent_target",
     "most_dims",
@@ -35,6 +38,7 @@ __all__ = [
 Planes = Sequence[Sequence[int]]
 # shares of a budget that its rotary dims may take
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
+_DEFAULT_ARCH = "deepseek_v3"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +55,15 @@ def refuse_latents(facts: ModelFacts) -> None:
     Raises:
         UsageError: Naming what stands in the way.
     """
-    name = facts.family.model_type
+    problem = _latent_problem(facts)
+    if problem is not None:
+        raise UsageError(
+            f"this {facts.family.model_type} model cannot be converted to latents: {problem}",
+            hint="Merge its KV heads instead: kvpatch gqa or kvpatch cla.",
+        )
+
+
+def _latent_problem(facts: ModelFacts) -> str | None:
     reasons = {
         "its queries and keys have a norm, which a shared latent does not commute with": (
             facts.qk_norm is not None
@@ -62,19 +74,31 @@ def refuse_latents(facts: ModelFacts) -> None:
         ),
         "its scores have ALiBi offsets": facts.family.positions == "alibi",
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UsageError(
-                f"this {name} model cannot be converted to latents: {reason}",
-                hint="Merge its KV heads instead: kvpatch gqa or kvpatch cla.",
-            )
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def most_dims(facts: ModelFacts) -> Sizes:
-    """Sizes at which nothing is lost, or that cannot be exceeded."""
+def latent_architecture(facts: ModelFacts) -> str | None:
+    """The class that latents of a model are written for by default; None if there is none."""
+    if _latent_problem(facts) is not None:
+        return None
+    planes = [0] if any(rope.dim for rope in facts.ropes) else []
+    if deepseek_problem(facts, planes) is None:
+        return "DeepseekV3ForCausalLM"
+    ours = _our_class(facts, Sizes(1, 2 * len(planes)), [planes] * facts.layers)
+    return None if ours is None else ours.architecture
+
+
+def most_dims(facts: ModelFacts, selection: Selection = "greedy") -> Sizes:
+    """Sizes at which nothing is lost, or that cannot be exceeded.
+
+    Args:
+        facts: The source.
+        selection: What stays rotary; all but ``greedy`` take a plane once.
+    """
     geometry = facts.geometry
     planes = max(rope.dim for rope in facts.ropes) // 2
-    return Sizes(geometry.hidden, 2 * planes * geometry.kv_heads)
+    each = geometry.kv_heads if selection == "greedy" else 1
+    return Sizes(geometry.hidden, 2 * planes * each)
 
 
 def sizes_of(recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
@@ -83,26 +107,29 @@ def sizes_of(recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
     Raises:
         UsageError: If the model cannot have them.
     """
-    most = most_dims(facts)
+    most = most_dims(facts, recipe.rope_select)
     if recipe.kv_budget is None:
         assert recipe.rank is not None
         assert recipe.rope_dims is not None
         possible = [Sizes(recipe.rank, recipe.rope_dims)]
     else:
         budget = parse_budget(recipe.kv_budget)
-        possible = [Sizes(*budget)] if isinstance(budget, tuple) else _splits(budget, facts, most)
+        possible = [Sizes(*budget)] if isinstance(budget, tuple) else _splits(budget, recipe, facts)
     if len(possible) == 1:
-        _check(possible[0], most, facts)
+        _check(possible[0], most, recipe, facts)
     return possible
 
 
-def _splits(share: float, facts: ModelFacts, most: Sizes) -> list[Sizes]:
-    geometry = facts.geometry
+def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
+    """Sizes that together with what the class adds to them stay within a share of the cache."""
+    geometry, most = facts.geometry, most_dims(facts, recipe.rope_select)
     values = int(share * geometry.kv_heads * (geometry.head_dim + geometry.value_dim))
+    native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
+    free = values - _constant_dims(recipe, native=native)
     found = []
     for part in _SHARES if most.rope_dims else (0.0,):
         rope = min(most.rope_dims, 2 * round(part * values / 2))
-        rank = min(most.rank, values - rope)
+        rank = min(most.rank, free - rope)
         if rank > 0 and (rope or not most.rope_dims):
             found.append(Sizes(rank, rope))
     if not found:
@@ -113,17 +140,38 @@ def _splits(share: float, facts: ModelFacts, most: Sizes) -> list[Sizes]:
     return sorted(set(found), key=lambda sizes: sizes.rope_dims)
 
 
-def _check(sizes: Sizes, most: Sizes, facts: ModelFacts) -> None:
+def _constant_dims(recipe: MlaRecipe, *, native: bool) -> int:
+    """Dims that are cached besides: the norm of the constant form needs one of its own."""
+    return int(native and not recipe.serving)
+
+
+def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> None:
+    rank, rope = (
+        (f"--rank {sizes.rank}", f"--rope-dims {sizes.rope_dims}")
+        if recipe.kv_budget is None
+        else (f"--kv-budget: a rank of {sizes.rank}", f"--kv-budget: {sizes.rope_dims} rotary dims")
+    )
     if sizes.rank > most.rank:
         raise UsageError(
-            f"--rank {sizes.rank} is more than this model's hidden width of {most.rank}",
+            f"{rank} is more than this model's hidden width of {most.rank}",
             hint="A latent of that width would hold the whole input.",
         )
-    if sizes.rope_dims > most.rope_dims:
+    if sizes.rope_dims <= most.rope_dims:
+        return
+    name, whole = facts.family.model_type, most_dims(facts).rope_dims
+    if not whole:
         raise UsageError(
-            f"--rope-dims {sizes.rope_dims} is more than the {most.rope_dims} dims that rotate in "
-            f"all keys of a layer of this {facts.family.model_type} model"
+            f"{rope}: this {name} model has no rotary positions",
+            hint="Give --rope-dims 0: all of its keys go into the latent.",
         )
+    one = recipe.rope_select != "greedy"
+    raise UsageError(
+        f"{rope} is more than the {most.rope_dims} dims that rotate in "
+        f"{'one key' if one else 'all keys of a layer'} of this {name} model"
+        + (f", of which --rope-select {recipe.rope_select} takes each once" if one else ""),
+        hint=f"Give {most.rope_dims} or less"
+        + (f", or up to {whole} with --rope-select greedy." if one else "."),
+    )
 
 
 def placeholder_planes(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes) -> list[list[int]]:
@@ -208,6 +256,11 @@ def latent_target(
         UsageError: If no class does, or not the one asked for.
     """
     name = facts.family.model_type
+    if recipe.target == "kvpatch" and recipe.arch != _DEFAULT_ARCH:
+        raise UsageError(
+            f"--arch {recipe.arch} is for native results",
+            hint="Leave --target kvpatch out.",
+        )
     common = next((list(p) for p in planes if p), [])
     problem = deepseek_problem(facts, common)
     if any(list(p) != common for p in planes):
@@ -225,24 +278,21 @@ def latent_target(
         )
         assert native is not None
         if recipe.serving:
-            _check_serving(native, facts)
-        # the norm of the constant form needs one dim of its own
-        cached = sizes.rank + (not recipe.serving)
+            _check_serving(recipe, native, facts)
+        cached = sizes.rank + _constant_dims(recipe, native=True)
         return native, _cache(recipe, facts, cached, sizes.rope_dims)
-    if recipe.target == "native" or recipe.serving:
-        asked = "--serving" if recipe.serving else "--target native"
+    asked = {
+        "--serving": recipe.serving,
+        "--target native": recipe.target == "native",
+        f"--arch {recipe.arch}": recipe.arch != _DEFAULT_ARCH,
+    }
+    if any(asked.values()):
+        asked_for = next(flag for flag, given in asked.items() if given)
         raise UsageError(
-            f"{asked}: no latent attention of transformers holds this {name} model: {problem}",
-            hint="Choose --target kvpatch.",
+            f"{asked_for}: no latent attention of transformers holds this {name} model: {problem}",
+            hint=f"Leave {asked_for} out: a class of kvpatch holds it.",
         )
-    ours = latent_class(
-        facts,
-        ranks=[sizes.rank] * facts.layers,
-        planes=planes,
-        nope_dim=facts.geometry.head_dim,
-        value_dim=facts.geometry.value_dim,
-        kv_source_layers=None,
-    )
+    ours = _our_class(facts, sizes, planes)
     if ours is None:
         raise UsageError(
             f"no class with latent attention holds a {name} model",
@@ -251,12 +301,35 @@ def latent_target(
     return ours, _cache(recipe, facts, sizes.rank, sizes.rope_dims)
 
 
-def _check_serving(target: Target, facts: ModelFacts) -> None:
+def _our_class(facts: ModelFacts, sizes: Sizes, planes: Planes) -> Target | None:
+    return latent_class(
+        facts,
+        ranks=[sizes.rank] * facts.layers,
+        planes=planes,
+        nope_dim=facts.geometry.head_dim,
+        value_dim=facts.geometry.value_dim,
+        kv_source_layers=None,
+    )
+
+
+def _check_serving(recipe: MlaRecipe, target: Target, facts: ModelFacts) -> None:
+    if recipe.rope_select != "stride":  # what others choose depends on the weights
+        raise UsageError(
+            f"--serving: --rope-select {recipe.rope_select} chooses rotary frequencies that are on "
+            "no common base, and servers know no others",
+            hint="Give --rope-select stride, or leave --serving out.",
+        )
+    if BLOCKS[facts.family.model_type].query_bias(stock_config(facts)):
+        raise UsageError(
+            f"--serving: the attention of this {facts.family.model_type} model has biases, which "
+            "servers of DeepSeek models ignore",
+            hint="Leave --serving out.",
+        )
     problems = serving_problems(target.edit(facts.config))
     if problems:
         raise UsageError(
             "--serving: servers would not load the result as it should be: " + "; ".join(problems),
-            hint="Give --kv-budget 512+64 or 256+64 and --rope-select stride, or leave --serving.",
+            hint="Give --kv-budget 512+64 or 256+64, or leave --serving out.",
         )
 
 

@@ -211,7 +211,7 @@ def latent_scheme(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Pl
         kv_heads=None,
         sources=tuple(range(facts.layers)),
         cache=cache,
-        warnings=tuple(_class_warnings(facts, target)),
+        warnings=tuple(_latent_warnings(recipe, facts, target, cache)),
     )
 
 
@@ -235,6 +235,19 @@ def _warnings(recipe: Merging, facts: ModelFacts, target: Target) -> list[str]:
     if recipe.merge == "svd" and facts.qk_norm is not None:
         warnings.append("queries and keys have a norm: keys are averaged, only values merged")
     return warnings + _class_warnings(facts, target)
+
+
+def _latent_warnings(
+    recipe: MlaRecipe, facts: ModelFacts, target: Target, cache: KVCache
+) -> list[str]:
+    warnings = [] if recipe.target == target.name == "kvpatch" else _class_warnings(facts, target)
+    before = facts.cache(dtype=recipe.dtype).bytes_per_token
+    if cache.bytes_per_token >= before:
+        warnings.append(
+            f"the cache gets no smaller: {cache.bytes_per_token:,} bytes per token, before "
+            f"{before:,}"
+        )
+    return warnings
 
 
 def _class_warnings(facts: ModelFacts, target: Target) -> list[str]:

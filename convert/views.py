@@ -100,7 +100,18 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
             }
             for fate in plan.fates(prepared.checkpoint.tensors)
         ],
+        "added_tensors": _added(prepared),
     }
+
+
+def _added(prepared: Prepared) -> list[dict[str, Any]]:
+    """Tensors of the result under names that the source does not have."""
+    return [
+        {"name": spec.name, "shape": list(spec.shape)}
+        for shard in prepared.plan.shards
+        for spec in shard.tensors
+        if spec.name not in prepared.checkpoint.tensors
+    ]
 
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
@@ -167,6 +178,10 @@ def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:
         after = "" if tensor["after"] is None else _shape(tensor["after"])
         pattern = tensor["name"] if each else _NUMBER.sub("*", tensor["name"])
         key = (pattern, tensor["action"], _shape(tensor["before"]), after)
+        groups[key] = groups.get(key, 0) + 1
+    for tensor in data["added_tensors"]:
+        pattern = tensor["name"] if each else _NUMBER.sub("*", tensor["name"])
+        key = (pattern, "add", "", _shape(tensor["shape"]))
         groups[key] = groups.get(key, 0) + 1
     return [(key[0], key[1], str(count), *key[2:]) for key, count in groups.items()]
 

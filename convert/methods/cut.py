@@ -36,7 +36,7 @@ def kept_components(
         common: Take as many of each plane in all layers, as classes with one table of frequencies
             need it.
     """
-    turning = [_allowed(layer / layer.sum(), pairs, selection) for layer in lost if len(layer)]
+    turning = [_allowed(_shares(layer), pairs, selection) for layer in lost if len(layer)]
     if common and turning:
         total = torch.stack([layer.sort(1, descending=True).values for layer in turning]).sum(0)
         counts = _greedy(total, pairs).sum(1)
@@ -49,6 +49,11 @@ def kept_components(
 def most_pairs(lost: Tensor, selection: Selection) -> int:
     """How many components of a layer [P, n] can stay rotary."""
     return lost.numel() if selection == "greedy" else len(lost)
+
+
+def _shares(lost: Tensor) -> Tensor:
+    """What components lose, of what their layer does; zeros for a layer that loses nothing."""
+    return lost / lost.sum().clamp(min=torch.finfo(lost.dtype).tiny)
 
 
 def _allowed(lost: Tensor, pairs: int, selection: Selection) -> Tensor:

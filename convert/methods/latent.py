@@ -157,9 +157,6 @@ def latent_form(
     q = torch.cat([rows.q, _pairs(query, 1)], 1)
     k_rope = _pairs(key, 0)
     v_up = factored.v_up[own]
-    o_bias = torch.einsum("ehd,hd->e", o, factored.v_constant[own])
-    if layer.o_bias is not None:
-        o_bias = o_bias + layer.o_bias.double()
     return LatentLayer(
         geometry=LatentGeometry(
             hidden=geometry.hidden,
@@ -177,10 +174,21 @@ def latent_form(
         o=o,
         q_bias=None if layer.q_bias is None else q[..., -1],
         k_rope_bias=None if layer.k_bias is None else k_rope[:, -1],
-        o_bias=o_bias,
+        o_bias=_output_bias(layer, o, factored.v_constant[own]),
         planes=tuple(planes.tolist()),
         scale=scale,
     )
+
+
+def _output_bias(layer: AttentionLayer, o: Tensor, constants: Tensor) -> Tensor | None:
+    """[E] of the output with the constants [H, Dv] of the values; None if there are none at all.
+
+    A bias of zeros would be refitted, and not every result has a place for one.
+    """
+    if layer.o_bias is None and not constants.any():
+        return None
+    bias = torch.einsum("ehd,hd->e", o, constants)
+    return bias if layer.o_bias is None else bias + layer.o_bias.double()
 
 
 def with_idle_pairs(layer: LatentLayer, planes: tuple[int, ...]) -> LatentLayer:

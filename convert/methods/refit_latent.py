@@ -1,13 +1,14 @@
-"""Refitting the scores of a latent layer: its queries, and how they read the latent.
+"""Refitting the scores of a latent layer: its queries, its rotary key, how keys read the latent.
 
-The rotary key and the latent stand, since all heads share them and the values are made of the
-latent too. Each head on its own then has two least squares problems in the metric of
-``refit_scores``: its query projection, of full width, and its map from the latent to a key.
+All are least squares problems in the metric of ``refit_scores``, solved in turn. Each head on its
+own has two: its query projection, of full width, and its map from the latent to a key. The rotary
+key is one problem for all heads. The latent stands, since the values are made of it too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,11 +16,10 @@ from torch import Tensor
 from convert.layer import AttentionLayer, Geometry, LatentLayer, Rope
 from convert.methods.attention import Scoring, rotate
 from convert.methods.fitting import Each, Observed
-from convert.methods.refit_scores import Basis, Reader, Ruler, basis_of
+from convert.methods.least_squares import solve, total
+from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
 
 __all__ = ["expanded", "latent_basis", "refit_latent_scores", "with_expanded_values"]
-
-_ROUNDS = 1
 
 
 def expanded(layer: LatentLayer) -> AttentionLayer:
@@ -74,7 +74,7 @@ def refit_latent_scores(
     each: Each,
     seed: int,
 ) -> LatentLayer:
-    """Refit queries, the maps from the latent to keys, and queries again.
+    """Refit queries, the rotary key, the maps from the latent to keys, and queries again.
 
     Args:
         layer: float32.
@@ -84,40 +84,146 @@ def refit_latent_scores(
         each: Calls a function for each head, in any order or at the same time.
         seed: Of the fits.
     """
-    sizes = layer.geometry
-    basis = basis_of(inputs, bias=layer.q_bias is not None)
-    rows = _rope_first(layer.q, sizes.nope_dim)
-    if layer.q_bias is not None:
-        bias = _rope_first(layer.q_bias, sizes.nope_dim)
-        rows = torch.cat([rows, bias[..., None]], -1)
-    rows = rows @ basis.there
-    turning = inputs @ layer.k_rope.mT
-    if layer.k_rope_bias is not None:
-        turning = turning + layer.k_rope_bias
-    key_rope = rotate(turning, scoring.turn)
-    latents = inputs @ layer.latent.mT
-    k_up = layer.k_up.clone()
+    fit = _Fit(layer, observed, scoring, inputs, each, seed)
+    fit.queries()
+    if layer.geometry.rope_dim:
+        fit.rotary_key()
+    fit.still_keys_and_queries()
+    return fit.layer()
 
-    def refit(head: int) -> None:
-        reader = Reader(basis, rows[head : head + 1], observed.scores([head]), scoring)
-        ruler = Ruler(reader)
 
-        def fit_queries() -> None:
-            key = torch.cat([key_rope, latents @ k_up[head].mT], -1)
-            ruler.fit_queries(key, seed)
+class _Fit:
+    """The parts of a layer that are fitted in turn, in coordinates in which inputs are white."""
 
-        fit_queries()
-        for _ in range(_ROUNDS):
-            k_up[head] = ruler.fit_still_keys(key_rope, latents, k_up[head], seed)
-            fit_queries()
-        rows[head] = reader.rows[0]
+    def __init__(
+        self,
+        layer: LatentLayer,
+        observed: Observed,
+        scoring: Scoring,
+        inputs: Tensor,
+        each: Each,
+        seed: int,
+    ) -> None:
+        self._start, self._observed, self._scoring = layer, observed, scoring
+        self._each, self._seed = each, seed
+        nope = layer.geometry.nope_dim
+        self._basis = basis_of(inputs, bias=layer.q_bias is not None)
+        bias = None if layer.q_bias is None else _rope_first(layer.q_bias, nope)
+        self._rows = _with_bias(_rope_first(layer.q, nope), bias) @ self._basis.there
+        same = (layer.q_bias is None) == (layer.k_rope_bias is None)
+        biased = layer.k_rope_bias is not None
+        self._key_basis = self._basis if same else basis_of(inputs, bias=biased)
+        self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
+        self._latents = inputs @ layer.latent.mT
+        self._k_up = layer.k_up.clone()
 
-    each(refit, range(sizes.heads))
-    back = rows @ basis.back
-    q_bias = None
-    if layer.q_bias is not None:
-        back, q_bias = back[..., :-1], _nope_first(back[..., -1], sizes.rope_dim)
-    return dataclasses.replace(layer, q=_nope_first(back, sizes.rope_dim), q_bias=q_bias, k_up=k_up)
+    def layer(self) -> LatentLayer:
+        """The layer with what was fitted."""
+        rope, biased = self._start.geometry.rope_dim, self._start.q_bias is not None
+        q, q_bias = _without_bias(self._rows @ self._basis.back, biased)
+        biased = self._start.k_rope_bias is not None
+        k_rope, k_bias = _without_bias(self._key_rows @ self._key_basis.back, biased)
+        return dataclasses.replace(
+            self._start,
+            q=_nope_first(q, rope),
+            q_bias=None if q_bias is None else _nope_first(q_bias, rope),
+            k_rope=k_rope,
+            k_rope_bias=k_bias,
+            k_up=self._k_up,
+        )
+
+    def queries(self) -> None:
+        """Refit the query projection of each head, of full width."""
+        turned = self._turned()
+
+        def refit(head: int) -> None:
+            ruler = self._ruler(head)
+            self._fit_queries(ruler, head, turned)
+
+        self._each(refit, range(len(self._rows)))
+
+    def still_keys_and_queries(self) -> None:
+        """Refit the map of each head from the latent to its key, then its queries again."""
+        turned = self._turned()
+
+        def refit(head: int) -> None:
+            ruler = self._ruler(head)
+            self._k_up[head] = ruler.fit_still_keys(
+                turned, self._latents, self._k_up[head], self._seed
+            )
+            self._fit_queries(ruler, head, turned)
+
+        self._each(refit, range(len(self._rows)))
+
+    def rotary_key(self) -> None:
+        """Refit the projection of the rotary key for all heads that read it."""
+        width, inputs = len(self._key_rows), self._key_basis.inputs
+        turn = self._scoring.turn
+
+        def back(window: int, weighted: Tensor, query: Tensor) -> Tensor:
+            turned = (weighted.mT @ query[..., :width]).sum(0)
+            return rotate(turned, turn.conj()).mT @ inputs[window]
+
+        def summed(of: Callable[[int], Tensor]) -> Tensor:
+            parts: list[Tensor | None] = [None] * len(self._rows)
+
+            def one(head: int) -> None:
+                parts[head] = of(head)
+
+            self._each(one, range(len(parts)))
+            return total(part for part in parts if part is not None)[None]
+
+        def pulled(head: int) -> Tensor:
+            ruler = self._ruler(head)
+
+            def missing(window: int, query: Tensor) -> Tensor:
+                standing = query[..., width:] @ (self._latents[window] @ self._k_up[head].mT).mT
+                return ruler.pull[window] - ruler.measure(window, standing)
+
+            rows = ruler.reader.rows
+            return total(
+                back(n, missing(n, query), query)
+                for n, query in ((n, ruler.queries(n, rows)) for n in range(len(inputs)))
+            )
+
+        def normal(rows: Tensor) -> Tensor:
+            def of(head: int) -> Tensor:
+                ruler = self._ruler(head)
+
+                def one(window: int) -> Tensor:
+                    query = ruler.queries(window, ruler.reader.rows)
+                    key = rotate(inputs[window] @ rows[0].mT, turn)
+                    scores = query[..., :width] @ key.mT
+                    return back(window, ruler.measure(window, scores), query)
+
+                return total(one(n) for n in range(len(inputs)))
+
+            return summed(of)
+
+        self._key_rows = solve(
+            normal, summed(pulled), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
+        )[0]
+
+    def _turned(self) -> Tensor:
+        """The rotary key [N, T, Dr] at its positions."""
+        return rotate(self._key_basis.inputs @ self._key_rows.mT, self._scoring.turn)
+
+    def _ruler(self, head: int) -> Ruler:
+        rows, target = self._rows[head : head + 1], self._observed.scores([head])
+        return Ruler(Reader(self._basis, rows, target, self._scoring))
+
+    def _fit_queries(self, ruler: Ruler, head: int, turned: Tensor) -> None:
+        key = torch.cat([turned, self._latents @ self._k_up[head].mT], -1)
+        ruler.fit_queries(key, self._seed)
+        self._rows[head] = ruler.reader.rows[0]
+
+
+def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
+    return rows if bias is None else torch.cat([rows, bias[..., None]], -1)
+
+
+def _without_bias(rows: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
+    return (rows[..., :-1], rows[..., -1]) if biased else (rows, None)
 
 
 def _rope_first(rows: Tensor, nope: int) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,13 +21,22 @@ from torch import Tensor
 from convert.methods.attention import Scoring, rotate, weights
 from convert.methods.least_squares import solve, total
 
-__all__ = ["Basis", "Reader", "Ruler", "basis_of", "refit_queries", "refit_scores"]
+__all__ = [
+    "RIDGE",
+    "STEPS",
+    "Basis",
+    "Reader",
+    "Ruler",
+    "basis_of",
+    "refit_queries",
+    "refit_scores",
+]
 
 # of the mean diagonal of the normal matrix, towards the merged weights
-_RIDGE = 1e-2
+RIDGE = 1e-2
 # of conjugate gradients: measured, twenty gain a seventh on the text itself, but twice as many
 # windows in the same time gain more on others
-_STEPS = 10
+STEPS = 10
 # times that keys and queries are solved in turn: measured, three gain what costs half more
 _ROUNDS = 1
 _FLOOR = 1e-6  # of the largest variance of the inputs: directions below it are left alone
@@ -131,7 +141,11 @@ class Ruler:
         self.slope: Tensor | None = None
         if scoring.softcap is not None:  # how much of a change of the score the cap lets through
             self.slope = 1 - torch.tanh(reader.target / scoring.softcap).square()
-        self.pull = torch.stack([self.measure(n, s) for n, s in enumerate(reader.target)])
+
+    @cached_property
+    def pull(self) -> Tensor:
+        """The scores of the original layer [N, g, T, T] in the metric."""
+        return torch.stack([self.measure(n, s) for n, s in enumerate(self.reader.target)])
 
     def measure(self, window: int, error: Tensor) -> Tensor:
         """``(diag p - p p^T) error`` of scores [g, T, T]."""
@@ -163,7 +177,7 @@ class Ruler:
 
         pull = total(gradient(n, pulled) for n, pulled in enumerate(self.pull))
         self.reader.rows = solve(
-            normal, pull, self.reader.rows, ridge=_RIDGE, steps=_STEPS, seed=seed
+            normal, pull, self.reader.rows, ridge=RIDGE, steps=STEPS, seed=seed
         )
 
     def fit_still_keys(self, turning: Tensor, inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
@@ -195,7 +209,7 @@ class Ruler:
             return self.pull[window] - self.measure(window, standing)
 
         pull = total(gradient(n, missing(n)) for n in range(len(inputs)))
-        return solve(normal, pull[None], rows[None], ridge=_RIDGE, steps=_STEPS, seed=seed)[0]
+        return solve(normal, pull[None], rows[None], ridge=RIDGE, steps=STEPS, seed=seed)[0]
 
 
 def _fit_keys(
@@ -219,4 +233,4 @@ def _fit_keys(
         return total(of(n) for n in range(len(inputs)))[None]
 
     pull = total(gradient(n, [r.pull[n] for r in rulers]) for n in range(len(inputs)))
-    return solve(normal, pull[None], rows[None], ridge=_RIDGE, steps=_STEPS, seed=seed)[0]
+    return solve(normal, pull[None], rows[None], ridge=RIDGE, steps=STEPS, seed=seed)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.attention import plane_order, with_head_order
 from convert.methods.fitting import Observed
-from tests.methods.layers import causal
+from tests.methods.layers import causal, randn
 
 __all__ = [
     "causal_weights",
@@ -28,6 +28,7 @@ __all__ = [
     "original_scores",
     "outcome_of",
     "pairs_of",
+    "positive",
 ]
 
 
@@ -117,6 +118,12 @@ def observed_of(layer: AttentionLayer, inputs: Tensor, **options: Any) -> Observ
         inputs=inputs,
         outputs=torch.stack(outputs),
     )
+
+
+def positive(size: int, seed: int) -> Tensor:
+    """A random positive definite matrix."""
+    root = randn(size, size, seed=seed)
+    return root @ root.T
 
 
 def _rotations(tokens: int, pairs: list[tuple[int, int]], turning: Tensor, width: int) -> Tensor:

@@ -138,7 +138,7 @@ def test_of_long_windows_some_queries_are_looked_at(
 
 
 def test_single_precision_is_enough_to_measure() -> None:
-    """The precision in which layers are calibrated."""
+    """Layers are calibrated in it; four digits are far beyond what a text can tell."""
     case = _case(SHAPES["GQA"])
     expected = attended(case.observed, case.mixed)
     layer = {
@@ -156,8 +156,8 @@ def test_single_precision_is_enough_to_measure() -> None:
     found = attended(observed, case.mixed)
     for name in ("energy", "queries", "values"):
         wanted = getattr(expected, name)
-        assert_close(getattr(found, name), wanted, atol=1e-5 * float(wanted.abs().max()))
-    assert float((found.turn - expected.turn).abs().max()) < 1e-5
+        assert_close(getattr(found, name), wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert float((found.turn - expected.turn).abs().max()) < 1e-4
 
 
 @rotary
@@ -179,7 +179,6 @@ def test_the_factor_of_a_scaled_rotation_is_no_part_of_the_turn(shape: Shape) ->
     longer = dataclasses.replace(
         case.observed,
         scoring=dataclasses.replace(scoring, turn=1.5 * scoring.turn, scale=scoring.scale / 1.5**2),
-        layer=case.observed.layer,
     )
     rest = case.layer.geometry.head_dim - shape.rope_dim
     if rest:  # dims that do not turn have no factor

@@ -1,0 +1,331 @@
+"""Refits of a latent layer against dense least squares on scores from the formula of the layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from convert.layer import AttentionLayer, LatentLayer
+from convert.methods import refit_scores as module
+from convert.methods.attended import attended
+from convert.methods.attention import Scoring, keys, values
+from convert.methods.cut import kept_components, lost_without_turn
+from convert.methods.fitting import Observed, refit_outcome, second_moments
+from convert.methods.latent import factored, latent_form, still_keys, value_gram, with_idle_pairs
+from convert.methods.mixing import mixed, query_energy, rows_of
+from convert.methods.refit_latent import (
+    expanded,
+    latent_basis,
+    refit_latent_scores,
+    with_expanded_values,
+)
+from convert.methods.refit_scores import Basis, basis_of
+from tests.helpers import assert_close
+from tests.methods.layers import Shape, randn, random_layer
+from tests.methods.references import (
+    causal_weights,
+    frequencies,
+    latent_outcome,
+    latent_scores,
+    observed_of,
+    original_outcome,
+    original_scores,
+)
+
+N, T, E, PAIRS, RANK, RIDGE = 3, 9, 7, 2, 3, 0.01
+SHAPES = {
+    "MHA": Shape(kv_heads=2, group=1, head_dim=4, hidden=E),
+    "GQA biases": Shape(kv_heads=2, group=2, hidden=E, biases=("q", "k", "v", "o")),
+    "interleaved": Shape(kv_heads=3, group=1, hidden=E, biases=("q",), interleaved=True),
+    "NoPE": Shape(kv_heads=2, group=1, head_dim=4, hidden=E, rope_dim=0, biases=("k",)),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def one_by_one(function: Callable[[int], None], numbers: range) -> None:
+    for number in numbers:
+        function(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An original layer, what it did, and its latent form; inputs of both differ a little."""
+
+    original: AttentionLayer
+    observed: Observed
+    layer: LatentLayer
+    scoring: Scoring
+    inputs: Tensor
+    speeds: Tensor
+
+    def targets(self) -> Tensor:
+        """[N, H, T, T] scores of the original."""
+        return torch.stack(
+            [
+                original_scores(self.original, x, self.speeds, self.layer.scale)
+                for x in self.observed.inputs
+            ]
+        )
+
+    def scores(self, layer: LatentLayer) -> Tensor:
+        """[N, H, T, T]."""
+        return torch.stack([latent_scores(layer, x, self.speeds) for x in self.inputs])
+
+    def outcomes(self, layer: LatentLayer) -> Tensor:
+        """[N, T, E]."""
+        return torch.stack([latent_outcome(layer, x, self.speeds) for x in self.inputs])
+
+    def refitted(self) -> LatentLayer:
+        return refit_latent_scores(
+            self.layer, self.observed, self.scoring, self.inputs, each=one_by_one, seed=5
+        )
+
+
+def _case(shape: Shape) -> Case:
+    original = random_layer(shape, seed=2)
+    assert original.q is not None
+    original = dataclasses.replace(original, q=0.3 * original.q)
+    before = randn(N, T, E, seed=3) + 0.3
+    observed = observed_of(original, before)
+    moment, rows = second_moments([before]).own[0], rows_of(original)
+    weights = query_energy(rows, moment).reshape(shape.kv_heads, shape.group, rows.planes).sum(1)
+    components = mixed(rows, moment, weights)
+    seen = attended(observed, components)
+    (kept,) = kept_components([lost_without_turn(seen)], PAIRS, "greedy", common=False)
+    found = factored(
+        still_keys(rows, components, seen.turn, kept, 1.0),
+        rows.v,
+        key_metric=seen.queries,
+        value_gram=value_gram(original, seen.values),
+        moment=moment,
+        rank=RANK,
+    )
+    scale = observed.scoring.scale
+    layer = latent_form(original, rows, components, kept=kept, factored=found, scale=scale)
+    turn = observed.scoring.turn[:, list(layer.planes)]
+    return Case(
+        original=original,
+        observed=observed,
+        layer=layer,
+        scoring=dataclasses.replace(observed.scoring, turn=turn),
+        inputs=before + 0.1 * randn(N, T, E, seed=4),
+        speeds=frequencies(rows.planes),
+    )
+
+
+def _divergence(case: Case, layer: LatentLayer) -> Tensor:
+    """Mean KL divergence of the attention rows from those of the original."""
+    truth, found = causal_weights(case.targets()), causal_weights(case.scores(layer))
+    return torch.where(truth > 0, truth * (truth / found).log(), 0.0).sum(-1).mean()
+
+
+@dataclass(slots=True)
+class Unknowns:
+    """The two maps of one head as the refit sees them, rotary dims first and inputs white."""
+
+    case: Case
+    head: int
+    basis: Basis
+    query: Tensor  # [D, E']
+    up: Tensor  # [Dn, R]
+
+    def layer(self, query: Tensor, up: Tensor) -> LatentLayer:
+        """The latent layer with these maps for its head."""
+        layer, head = self.case.layer, self.head
+        rows = torch.roll(query, -layer.geometry.rope_dim, 0) @ self.basis.back
+        q, k_up = layer.q.clone(), layer.k_up.clone()
+        q[head], k_up[head] = rows[:, :E], up
+        if layer.q_bias is None:
+            return dataclasses.replace(layer, q=q, k_up=k_up)
+        bias = layer.q_bias.clone()
+        bias[head] = rows[:, E]
+        return dataclasses.replace(layer, q=q, q_bias=bias, k_up=k_up)
+
+    def scores(self, query: Tensor, up: Tensor) -> Tensor:
+        """[N, T, T] of the head."""
+        return self.case.scores(self.layer(query, up))[:, self.head]
+
+    def solve(self, of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+        """Dense least squares of scores that are affine in an unknown, with the ridge.
+
+        The error of each row of scores counts by the square root of ``diag p - p p^T``.
+        """
+        target = self.case.targets()[:, self.head]
+        shares = causal_weights(target)
+        root = shares.sqrt()[..., None] * (torch.eye(T).double() - shares[..., None, :])
+        nothing = of(torch.zeros_like(start))
+        units = torch.eye(start.numel(), dtype=torch.float64).view(-1, *start.shape)
+        design = torch.stack([of(unit) - nothing for unit in units], -1)
+        design = torch.einsum("ntsr,ntru->ntsu", root, design).flatten(0, 2)
+        wanted = torch.einsum("ntsr,ntr->nts", root, target - nothing).flatten()
+        draws = torch.Generator().manual_seed(5)
+        signs = (2 * torch.randint(0, 2, (1, *start.shape), generator=draws) - 1).double()
+        strength = RIDGE * (design @ signs.flatten()).square().sum() / start.numel()
+        ridge = strength.sqrt() * torch.eye(start.numel(), dtype=torch.float64)
+        solution = torch.linalg.lstsq(
+            torch.cat([design, ridge]),
+            torch.cat([wanted, strength.sqrt() * start.flatten()])[:, None],
+        ).solution
+        return solution.view(start.shape)
+
+    def fit_query(self) -> None:
+        self.query = self.solve(lambda query: self.scores(query, self.up), self.query)
+
+    def fit_up(self) -> None:
+        self.up = self.solve(lambda up: self.scores(self.query, up), self.up)
+
+
+def _unknowns(case: Case, head: int) -> Unknowns:
+    layer, biased = case.layer, case.layer.q_bias is not None
+    basis = basis_of(case.inputs, bias=biased)
+    rows = layer.q[head]
+    if layer.q_bias is not None:
+        rows = torch.cat([rows, layer.q_bias[head][:, None]], 1)
+    query = torch.roll(rows, layer.geometry.rope_dim, 0) @ basis.there
+    return Unknowns(case, head, basis, query, layer.k_up[head])
+
+
+@shapes
+def test_each_fit_is_the_minimum_of_its_own_quadratic(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, the map from the latent to keys, queries again; each head for itself."""
+    monkeypatch.setattr(module, "_STEPS", 400)
+    monkeypatch.setattr(module, "_RIDGE", RIDGE)
+    case = _case(shape)
+    found = case.refitted()
+    for head in range(case.original.geometry.heads):
+        dense = _unknowns(case, head)
+        start = dense.query
+        dense.fit_query()
+        assert float((dense.query - start).abs().max()) > 0.01  # else nothing is tested
+        dense.fit_up()
+        assert float((dense.up - case.layer.k_up[head]).abs().max()) > 0.01
+        dense.fit_query()
+        expected = dense.layer(dense.query, dense.up)
+        for name in ("q", "k_up", "q_bias"):
+            wanted = getattr(expected, name)
+            if wanted is not None:
+                atol = 1e-7 * float(wanted[head].abs().max())
+                assert_close(getattr(found, name)[head], wanted[head], atol=atol)
+
+
+@shapes
+def test_attention_comes_nearer_to_the_original(shape: Shape) -> None:
+    case = _case(shape)
+    found = case.refitted()
+    before, after = _divergence(case, case.layer), _divergence(case, found)
+    assert 0 < after < 0.9 * before
+    for name in ("geometry", "latent", "k_rope", "k_rope_bias", "v_up", "o", "o_bias", "planes"):
+        assert getattr(found, name) is getattr(case.layer, name)
+
+
+@shapes
+def test_scores_that_are_right_already_stay(shape: Shape) -> None:
+    """Dims without and with positions end up where they were, and so do the biases."""
+    case = _case(shape)
+    case = dataclasses.replace(case, inputs=case.observed.inputs)
+    target = case.scores(case.layer)
+    whole = expanded(case.layer)
+    content = dataclasses.replace(
+        case.observed, layer=whole, scoring=case.scoring, inputs=case.inputs
+    )
+    assert_close(content.scores(range(whole.geometry.heads)), target, atol=1e-10)
+    found = refit_latent_scores(
+        case.layer, content, case.scoring, case.inputs, each=one_by_one, seed=1
+    )
+    for name in ("q", "k_up", "q_bias"):
+        wanted = getattr(case.layer, name)
+        if wanted is not None:
+            assert_close(getattr(found, name), wanted, atol=1e-9 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "idle"),
+    [*((shape, False) for shape in SHAPES.values()), (SHAPES["NoPE"], True)],
+    ids=[*SHAPES, "NoPE idle pairs"],
+)
+def test_the_expanded_form_is_the_same_function(shape: Shape, idle: bool) -> None:
+    case = _case(shape)
+    layer, speeds = case.layer, frequencies(4)
+    if idle:
+        layer = with_idle_pairs(layer, (3, 1))
+    found = expanded(layer)
+    sizes = layer.geometry
+    assert found.geometry.head_dim == sizes.nope_dim + sizes.rope_dim
+    assert found.geometry.kv_heads == found.geometry.heads == sizes.heads
+    turning = speeds[list(layer.planes)]
+    for inputs in case.inputs:
+        scores = original_scores(found, inputs, turning, layer.scale)
+        assert_close(scores, latent_scores(layer, inputs, speeds), atol=1e-10)
+        outcome = original_outcome(found, inputs, turning, layer.scale)
+        assert_close(outcome, latent_outcome(layer, inputs, speeds), atol=1e-10)
+
+
+def test_latents_are_what_the_basis_is_made_of() -> None:
+    case = _case(SHAPES["GQA biases"])
+    basis = latent_basis(case.layer, case.inputs)
+    latents = torch.einsum("re,nte->ntr", case.layer.latent, case.inputs)
+    assert_close(basis.inputs, latents, atol=1e-12)
+    maps = randn(5, RANK, seed=1)
+    assert_close(maps @ basis.back @ basis.there, maps, atol=1e-10)
+
+
+def _with_outcome(case: Case) -> tuple[LatentLayer, AttentionLayer]:
+    """The layer with values and output refitted, and their expanded form."""
+    whole, basis = expanded(case.layer), latent_basis(case.layer, case.inputs)
+    scoring = case.scoring
+    (fitted,) = refit_outcome(
+        0,
+        [dataclasses.replace(case.observed, scoring=scoring)],
+        [whole],
+        inputs=case.inputs,
+        shared=(keys(whole, scoring, case.inputs), values(whole, scoring, case.inputs)),
+        target=case.observed.outputs,
+        seed=5,
+        basis=basis,
+    )
+    return with_expanded_values(case.layer, fitted, basis), fitted
+
+
+@shapes
+def test_refitted_values_stay_inside_the_latent(shape: Shape) -> None:
+    case = _case(shape)
+    found, fitted = _with_outcome(case)
+    assert fitted.v is not None
+    latent = case.layer.latent
+    # what is left of the rows of the values beside those of the latent
+    left = fitted.v.flatten(0, 1).T
+    left = left - latent.T @ torch.linalg.lstsq(latent.T, left).solution
+    assert float(left.abs().max()) < 1e-10 * float(fitted.v.abs().max())
+    assert float((found.v_up - case.layer.v_up).abs().max()) > 1e-3  # they did change
+    for name in ("q", "q_bias", "latent", "k_rope", "k_rope_bias", "k_up"):
+        assert getattr(found, name) is getattr(case.layer, name)
+    for window, inputs in enumerate(case.inputs):
+        turning = case.speeds[list(found.planes)]
+        wanted = original_outcome(fitted, inputs, turning, found.scale)
+        atol = 1e-10 * float(wanted.abs().max())
+        assert_close(case.outcomes(found)[window], wanted, atol=atol)
+
+
+@shapes
+def test_outputs_come_nearer_to_the_original(shape: Shape) -> None:
+    case = _case(shape)
+    target = torch.stack(
+        [
+            original_outcome(case.original, x, case.speeds, case.layer.scale)
+            for x in case.observed.inputs
+        ]
+    )
+
+    def error(layer: LatentLayer) -> Tensor:
+        return (case.outcomes(layer) - target).square().sum()
+
+    with_scores = dataclasses.replace(case, layer=case.refitted())
+    for start in (case, with_scores):
+        assert error(_with_outcome(start)[0]) < 0.9 * error(start.layer)

@@ -1,0 +1,114 @@
+"""What ``kvpatch mla`` refuses: with a reason, exit code 2 and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.running import cli, contents
+from tests.mla import SMALL, Source, done, mla, sources
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return sources(tmp_path_factory.mktemp("mla"))
+
+
+_REFUSED_MODELS = {
+    "qwen3": "have a norm",
+    "olmo2": "have a norm",
+    "gemma3_text": "have a norm",
+    "stablelm:norm-bias": "have a norm",
+    "olmo:bias-clip": "clip_qkv 0.7",
+    "gemma2": "softcap of 0.9",
+    "bloom": "ALiBi",
+    "falcon": "ALiBi",
+    "mixtral": "no class with latent attention holds a mixtral model",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), _REFUSED_MODELS.items())
+def test_models_that_latents_cannot_hold_are_refused_by_name(
+    source: Source, tmp_path: Path, name: str, reason: str
+) -> None:
+    run = mla(source(name), tmp_path / "out", *SMALL)
+    assert (run.code, run.out) == (2, "")
+    assert name.partition(":")[0] in run.err
+    assert reason in run.err
+    assert "hint: Merge its KV heads instead" in run.err
+    assert not contents(tmp_path)
+
+
+_NATIVE = ("--target", "native", *SMALL)
+_SERVING = ("--serving", "--rope-select", "stride")
+_REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "window": ("mistral:window", _NATIVE, "it has sliding windows"),
+    "qwen2-window": ("qwen2:window-tied", _NATIVE, "it has sliding windows"),
+    "block": ("phi", _NATIVE, "a phi block is not"),
+    "no-pair": ("llama", ("--rank", 8, "--rope-dims", 0, "--arch", "youtu"), "--arch youtu: no "),
+    "arch": ("llama", (*SMALL, "--target", "kvpatch", "--arch", "youtu"), "for native results"),
+    "rank": ("llama", ("--rank", 65, "--rope-dims", 2), "--rank 65 is more than this model's "),
+    "rope": ("llama", ("--rank", 8, "--rope-dims", 66), "--rope-dims 66 is more than the 64 dims"),
+    "stride": (
+        "llama",
+        ("--rank", 8, "--rope-dims", 18, "--rope-select", "stride"),
+        "more than the 16 dims that rotate in one key",
+    ),
+    "per-frequency": (
+        "llama",
+        ("--rank", 8, "--rope-dims", 18, "--rope-select", "per-frequency"),
+        "more than the 16 dims that rotate in one key",
+    ),
+    "budget-rank": ("llama", ("--kv-budget", "512+64"), "--kv-budget: a rank of 512 is more"),
+    "budget-rope": ("llama", ("--kv-budget", "8+66"), "--kv-budget: 66 rotary dims is more than"),
+    "no-rope": ("gpt2", SMALL, "this gpt2 model has no rotary positions"),
+    "odd": ("llama", ("--rank", 8, "--rope-dims", 3), "rope_dims 3 is odd"),
+    "nothing": ("llama", (), "give rank and rope_dims, or kv_budget alone"),
+    "half": ("llama", ("--rank", 8), "give rank and rope_dims, or kv_budget alone"),
+    "both": ("llama", (*SMALL, "--kv-budget", "25%"), "or kv_budget alone"),
+    "zero": ("llama", ("--rank", 0, "--rope-dims", 2), "rank: "),
+    "tiny-budget": ("llama", ("--kv-budget", "0.5%"), "leaves 0 values per token and layer"),
+    "no-budget": ("llama", ("--kv-budget", "a lot"), "'a lot' is neither a share such as 25%"),
+    "odd-budget": ("llama", ("--kv-budget", "24+7"), "an even number of rotary dims"),
+    "selection": ("llama", (*SMALL, "--rope-select", "best"), "'per-frequency' or 'stride'"),
+    "unknown-arch": ("llama", (*SMALL, "--arch", "deepseek_v2"), "'deepseek_v3' or 'youtu'"),
+    "refit": ("llama", (*SMALL, "--refit", "o"), "refit o needs a calibration text"),
+    "serving-greedy": ("wide", ("--serving", "--kv-budget", "256+64"), "no common base"),
+    "serving-sizes": ("wide", (*_SERVING, "--kv-budget", "100+64"), "neither 320 nor 576"),
+    "serving-class": ("phi", ("--serving", *SMALL), "a phi block is not"),
+    "serving-biases": ("qwen2", (*_SERVING, *SMALL), "has biases"),
+    "serving-ours": ("wide", ("--serving", "--target", "kvpatch", *SMALL), "native results"),
+    "serving-youtu": (
+        "wide",
+        (*_SERVING, "--arch", "youtu", "--kv-budget", "256+64"),
+        "model_type youtu is not known everywhere",
+    ),
+    "serving-float16": (
+        "wide",
+        (*_SERVING, "--dtype", "float16", "--kv-budget", "256+64"),
+        "float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _REFUSED_FLAGS)
+def test_flags_that_cannot_be_followed_are_refused(
+    source: Source, tmp_path: Path, case: str
+) -> None:
+    name, flags, reason = _REFUSED_FLAGS[case]
+    run = mla(source(name), tmp_path / "out", *flags)
+    assert (run.code, run.out) == (2, ""), run.err
+    assert reason in run.err
+    assert not contents(tmp_path)
+
+
+def test_a_result_is_not_converted_again(source: Source, tmp_path: Path) -> None:
+    for target in ("native", "kvpatch"):
+        out = done(source("llama"), tmp_path / target, *SMALL, "--target", target)
+        again = mla(out, tmp_path / "again", *SMALL)
+        assert again.code in (2, 3)
+        assert "already" in again.err
+        shown = cli(["inspect", str(out)])
+        assert shown.code == 3
+        assert "caches a latent already (MLA)" in shown.err
