@@ -12,7 +12,7 @@ _HOMES = {
     "convert": "pipeline",
     "evaluate_checkpoint": "evaluate",
     "inspect_source": "inspection",
-    "load_recipe": "recipe",
+    "load_recipe": "recipe_file",
     "make_recipe": "recipe",
     "prepare": "pipeline",
     "verify_checkpoint": "verify",

@@ -66,7 +66,10 @@ def run_demo(console: Console, keep: Path | None) -> None:
         name = f"source, {facts.geometry.kv_heads} KV heads"
         rows = [_row(name, facts.cache().bytes_per_token, evaluation.perplexity, 0.0)]
         for title, keys in _VARIANTS:
-            output = Path(work) / title.replace(", ", "-").replace(" ", "-").replace("%", "percent").lower()
+            output = (
+                Path(work)
+                / title.replace(", ", "-").replace(" ", "-").replace("%", "percent").lower()
+            )
             console.note(f"converting: {title}")
             paths = {"source": str(source), "output": str(output)}
             if "samples" in keys:

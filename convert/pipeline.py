@@ -30,6 +30,7 @@ from convert.loading import check_device
 from convert.methods import Converted
 from convert.plan import Plan, make_plan
 from convert.recipe import ClaRecipe, MlaRecipe, Recipe, parse_size
+from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
 from convert.scheme import Merging, Scheme, latent_scheme, method_of, scheme_of, settled
 from convert.sharing import parse_layers, uniform_plan
@@ -308,66 +309,12 @@ def _write_small_files(
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         index = index_json(weight_map, parameters=plan.parameters, size=plan.output_bytes)
         files[_INDEX] = write_file(folder / _INDEX, index)
-    manifest = _manifest(prepared, staging, sources)
+    manifest = manifest_of(prepared, staging, sources)
     if similarity is not None:
         manifest["similarity"] = similarity
     card = render_card(manifest)
     files[_CARD] = write_file(folder / _CARD, card)
     write_file(folder / MANIFEST, encode_manifest(manifest, files))
-
-
-def _manifest(
-    prepared: Prepared, staging: Staging, sources: dict[str, FileRecord]
-) -> dict[str, Any]:
-    source, plan, windows = prepared.source, prepared.plan, prepared.windows
-    results = [result for shard in plan.shards for result in staging.finished[shard.file][1]]
-    context = plan.facts.context
-    return {
-        "source": {
-            "name": source.name,
-            "repository": source.repository,
-            "architecture": plan.facts.family.architecture,
-            "revision": source.revision,
-            "metadata": prepared.metadata,
-            "files": {
-                name: {"size": record.size, "sha256": record.sha256}
-                for name, record in sources.items()
-            },
-        },
-        "recipe": prepared.scheme.result_keys,
-        "calibration": None if windows is None else _text(windows),
-        "architecture": plan.target.architecture,
-        "converted": sorted(plan.method.reads | plan.target.reads),
-        "kv_cache": {
-            **_sizes(prepared),
-            "kv_source_layers": list(plan.sources),
-            "context": context,
-            "bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
-            "bytes_at_context": [plan.before.size(context), plan.after.size(context)],
-        },
-        "layers": sorted(results, key=lambda result: result["layer"]),
-        "evaluations": [],
-    }
-
-
-def _sizes(prepared: Prepared) -> dict[str, Any]:
-    """What the cache of a layer holds, before and after."""
-    heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
-    if isinstance(scheme.recipe, MlaRecipe):
-        latent = {"rank": scheme.recipe.rank, "rope_dims": scheme.recipe.rope_dims}
-        return {"kv_heads": [heads, None], "latent": latent}
-    return {"kv_heads": [heads, scheme.kv_heads]}
-
-
-def _text(windows: Windows) -> dict[str, Any]:
-    count, context = windows.tokens.shape
-    return {
-        "text": windows.text,
-        "text_sha256": windows.text_sha256,
-        "tokens_sha256": windows.tokens_sha256,
-        "samples": count,
-        "context": context,
-    }
 
 
 def _check_staged(plan: Plan, folder: Path, *, latent: bool) -> None:

@@ -1,15 +1,13 @@
-"""Recipes: the whole truth of a conversion, from flags or from strict YAML."""
+"""Recipes: the whole truth of a conversion, as models that refuse what they do not know."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from math import isfinite
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvpatch.errors import UsageError
@@ -20,13 +18,12 @@ __all__ = [
     "MlaRecipe",
     "MqaRecipe",
     "Recipe",
-    "load_recipe",
     "make_recipe",
     "parse_budget",
     "parse_size",
+    "place",
 ]
 
-MAX_RECIPE_BYTES = 1_000_000
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -283,7 +280,7 @@ def make_recipe(
     method = values.get("method")
     if not isinstance(method, str) or method not in _BY_METHOD:
         raise UsageError(
-            f"{_at(where, lines.get('method'))}: method must be one of "
+            f"{place(where, lines.get('method'))}: method must be one of "
             f"{', '.join(_BY_METHOD)}, found {method!r}"
         )
     model = _BY_METHOD[method]
@@ -291,106 +288,14 @@ def make_recipe(
         return model.model_validate(dict(values))
     except ValidationError as error:
         problems = [
-            f"{_at(where, lines.get(str(e['loc'][0]) if e['loc'] else ''))}: {_explain(e, model)}"
+            f"{place(where, lines.get(str(e['loc'][0]) if e['loc'] else ''))}: {_explain(e, model)}"
             for e in error.errors()
         ]
         raise UsageError("\n".join(problems)) from None
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply ``key=value`` overrides.
-
-    Raises:
-        UsageError: If the file is absent, not strict YAML, or not a valid recipe.
-    """
-    try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= MAX_RECIPE_BYTES else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from error
-    if size > MAX_RECIPE_BYTES:
-        raise UsageError(f"the recipe {path} has {size:,} bytes; that is no recipe")
-    values, lines = _read_yaml(text, path.name)
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise UsageError(f"--set {override}: expected key=value")
-        plain = key in {
-            "source",
-            "output",
-            "revision",
-            "calibration",
-            "layers",
-        }  # paths and names are no YAML
-        values[key] = value if plain else _read_scalar(value, f"--set {override}")
-        lines[key] = 0
-    return make_recipe(values, where=path.name, lines=lines)
-
-
-def _read_scalar(text: str, where: str) -> Any:
-    values, _ = _read_yaml(f"value: {text}", where)
-    return values["value"]
-
-
-def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        node = yaml.compose(text, Loader=_StrictLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{where}: expected keys and values")
-        loader = _StrictLoader("")
-        values = loader.construct_mapping(node, deep=True)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise UsageError(f"{_at(where, line)}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: {error}") from error
-    lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    return {str(key): value for key, value in values.items()}, lines
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML: no duplicate keys, no anchors (which can grow without bound), no tags.
-
-    A range such as 1:6 is text, and not a number of base 60 as in YAML 1.1.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  # of PyYAML's class
-        first: [
-            (tag, re.compile(rf"(?!.*:){pattern.pattern}", pattern.flags))
-            for tag, pattern in resolvers
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are not allowed", problem_mark=event.start_mark
-            )
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(
-                problem=f"tags such as {event.tag} are not allowed", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be a word", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} stands there twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _at(where: str, line: int | None) -> str:
+def place(where: str, line: int | None) -> str:
+    """Where a key stands, for messages; line 0 is an override on the command line."""
     if line == 0:
         return "--set"
     return where if line is None else f"{where}:{line}"

@@ -30,30 +30,30 @@ REPEATED = {
 }
 GOLDEN = {
     "gqa_mean": {
-        "README.md": "1cc5326e60c82c5a4357f912bad135a4",
+        "README.md": "ab85f106c21b13656c8920f21d46092d",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "6890ef576f272565330c16034c4260e2",
+        "kvpatch.json": "75dd198bba0b948cc7feeeac67e8bdf4",
         "model.safetensors": "7944ff970442737cfd9c26f56d64ee88",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_first": {
-        "README.md": "528135c9cf6d93b6ab48b351c5014d38",
+        "README.md": "670dc843236f98e57eea377c0a5c366d",
         "config.json": "ba00cdc55ee0f21cf3e1e65e9ebc49ca",
-        "kvpatch.json": "ab91bc41630ec0cb806acd4b15e14865",
+        "kvpatch.json": "aebf243229a1d7052f27f0602dcb3ffa",
         "model.safetensors": "485d108cb07b34ee5042533ca8f397d4",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "mqa": {
-        "README.md": "3f25bce49051eb744f96e0186f6c67d5",
+        "README.md": "910231c0b3af431ebbb256eb61391f02",
         "config.json": "b8d2065a563f42bb91870abc60b49a8e",
-        "kvpatch.json": "89e64878a6eb6cb7ac6d97e13fce6053",
+        "kvpatch.json": "ef327bda10248dc798d777cb96f78f51",
         "model.safetensors": "9e4ba72190185c2116d54d8125c40d63",
         "tokenizer.json": "e0e77b70ca77d0be8f321590c0deb449",
     },
     "gqa_shards": {
-        "README.md": "5c044f7dd06e3cf3a2b8c4fd694c35e3",
+        "README.md": "61735c94b337025c3a619688d74b463b",
         "config.json": "03a3ae50ab3623d92cdd20d9cf85bd18",
-        "kvpatch.json": "6a2fca0c9c0048b97763611eae00180e",
+        "kvpatch.json": "8b0e61c64e9c880e1a73541c3841ef0e",
         "model-00001-of-00002.safetensors": "bf74cf5e72b73ffa64ac05d06d8da70a",
         "model-00002-of-00002.safetensors": "bebcdef0d4fa7bda237ec86c5f39d3fa",
         "model.safetensors.index.json": "345e1617ad6418afa0933646ee6def8c",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import read_json
+from convert.checkpoint.scratch import Scratch
 from convert.verify import verify_checkpoint
 from tests.families.stock import full_logits, load, random_ids
 from tests.families.texts import random_text
@@ -118,26 +122,58 @@ def _shards(source: Path, out: Path, text: Path) -> list[str]:
     return ["mla", str(source), str(out), *map(str, flags), "--max-shard-size", "40KB"]
 
 
-def test_two_runs_and_a_resumed_one_give_equal_bytes(
-    source: Source, tmp_path: Path, text: Path
+@dataclass(frozen=True)
+class _KillAfterFirstLayer:
+    """The process kills itself when the first layer is calibrated."""
+
+    def __call__(self) -> None:
+        original = Scratch.keep
+
+        def keep(scratch: Scratch, *args: Any) -> None:
+            original(scratch, *args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Scratch.keep = keep  # type: ignore[method-assign, assignment]
+
+
+@pytest.fixture(scope="module")
+def whole(source: Source, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run gives."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert cli(_shards(source("llama"), out, text)).code == 0
+    return contents(out)
+
+
+def test_two_runs_give_equal_bytes(
+    source: Source, tmp_path: Path, text: Path, whole: dict[str, Any]
 ) -> None:
-    model = source("llama")
-    first, second, killed = (tmp_path / name / "out" for name in ("one", "two", "three"))
-    for out in (first, second):
-        assert cli(_shards(model, out, text)).code == 0
-    whole = contents(first)
-    assert len([name for name in whole if name.endswith(".safetensors")]) > 2
-    assert contents(second) == whole
-    run = run_child(_shards(model, killed, text), SignalAfterShard(signal.SIGKILL, 2))
-    assert run.code == -signal.SIGKILL
-    assert not killed.exists()
-    (staged,) = killed.parent.glob(f".{killed.name}.partial-*")
+    assert cli(_shards(source("llama"), tmp_path / "out", text)).code == 0
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("fault", "finished"),
+    [(_KillAfterFirstLayer(), 0), (SignalAfterShard(signal.SIGKILL, 3), 3)],
+    ids=["calibrating", "writing"],
+)
+def test_a_killed_run_continues_to_equal_bytes(
+    source: Source,
+    tmp_path: Path,
+    text: Path,
+    whole: dict[str, Any],
+    fault: Callable[[], None],
+    finished: int,
+) -> None:
+    out = tmp_path / "out"
+    assert run_child(_shards(source("llama"), out, text), fault).code == -signal.SIGKILL
+    assert not out.exists()
+    (staged,) = tmp_path.glob(".out.partial-*")
     before = {p.name: p.stat().st_ino for p in staged.glob("*.safetensors")}
-    assert len(before) >= 2
-    assert cli(_shards(model, killed, text)).code == 0
-    assert contents(killed) == whole
-    assert {name: (killed / name).stat().st_ino for name in before} == before
-    assert names(killed.parent) == ["out"]
+    assert len(before) == finished
+    assert cli(_shards(source("llama"), out, text)).code == 0
+    assert contents(out) == whole
+    assert {name: (out / name).stat().st_ino for name in before} == before
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_recipe_gives_the_bytes_of_its_flags(source: Source, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def run(
     Example:
         kvpatch run recipes/llama-2-7b-gqa8.yaml --set source=./llama-2-7b
     """
-    from convert.recipe import load_recipe  # noqa: PLC0415
+    from convert.recipe_file import load_recipe  # noqa: PLC0415
 
     loaded = load_recipe(recipe, set_ or ())
     _convert(loaded, dry_run, Console(json=json, quiet=quiet, verbose=verbose))

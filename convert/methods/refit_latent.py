@@ -84,7 +84,7 @@ def refit_latent_scores(
         each: Calls a function for each head, in any order or at the same time.
         seed: Of the fits.
     """
-    fit = _Fit(layer, observed, scoring, inputs, each, seed)
+    fit = _Fit(layer, observed, scoring, inputs, each=each, seed=seed)
     fit.queries()
     if layer.geometry.rope_dim:
         fit.rotary_key()
@@ -101,6 +101,7 @@ class _Fit:
         observed: Observed,
         scoring: Scoring,
         inputs: Tensor,
+        *,
         each: Each,
         seed: int,
     ) -> None:

@@ -89,7 +89,8 @@ def _mla(
         keys = {**calibration, "refit": "none", **keys}
     recipe = {"method": "mla", "source": str(source), "output": str(out), **keys}
     with real_float64() if wide else nullcontext():
-        return convert(make_recipe(recipe))
+        convert(make_recipe(recipe))
+    return out
 
 
 def _whole(source: Path) -> dict[str, Any]:
@@ -185,16 +186,17 @@ def _error(source: Path, result: Path, seed: int = 1) -> float:
     return float((actual - expected).square().sum() / expected.square().sum())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gptj", "smollm3", "stablelm"])
+@pytest.mark.parametrize("name", ["qwen2", "gptj", "stablelm"])
 def test_the_more_is_kept_the_nearer_is_the_source(
     source: Source, tmp_path: Path, text: Path, name: str
 ) -> None:
     model = source(name)
+    keys: dict[str, Any] = {"text": text, "target": "kvpatch"}
     whole = _whole(model)
     rope = whole["rope_dims"]
     wanted = [(4, 2), (20, rope // 8 * 2), (36, rope // 4 * 2), (whole["rank"], rope)]
     errors = [
-        _error(model, _mla(model, tmp_path / str(rank), text=text, rank=rank, rope_dims=dims))
+        _error(model, _mla(model, tmp_path / str(rank), rank=rank, rope_dims=dims, **keys))
         for rank, dims in wanted
     ]
     assert errors == sorted(errors, reverse=True), errors
@@ -202,7 +204,7 @@ def test_the_more_is_kept_the_nearer_is_the_source(
     assert errors[-1] < 1e-20
 
 
-@pytest.mark.parametrize(("name", "refits"), [("llama", "q o qo"), ("gpt2", "qo")])
+@pytest.mark.parametrize(("name", "refits"), [("llama", "q qo"), ("gpt2", "qo")])
 def test_refits_lose_less_on_their_text(
     source: Source, tmp_path: Path, text: Path, name: str, refits: str
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from convert.cli import app
-from convert.recipe import ClaRecipe, GqaRecipe, MqaRecipe, Recipe, load_recipe
+from convert.recipe import ClaRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
+from convert.recipe_file import load_recipe
 from kvpatch.errors import UsageError
 from tests.recipes.shapes import ITEM_BYTES, PUBLISHED, PublishedModel, write_headers_only
 
@@ -188,7 +189,7 @@ def readme_keys() -> dict[str, str]:
     return dict(rows)
 
 
-_MODELS: tuple[type[Recipe], ...] = (GqaRecipe, MqaRecipe, ClaRecipe)
+_MODELS: tuple[type[Recipe], ...] = (GqaRecipe, MqaRecipe, ClaRecipe, MlaRecipe)
 _KEYS = sorted({key for model in _MODELS for key in model.model_fields})
 
 
@@ -199,7 +200,8 @@ def test_readme_explains_every_key() -> None:
 @pytest.mark.parametrize("key", _KEYS)
 def test_readme_says_which_methods_have_a_key(key: str) -> None:
     having = [model for model in _MODELS if key in model.model_fields]
-    methods = " and ".join(f"`{model.model_fields['method'].default}`" for model in having)
+    names = [f"`{model.model_fields['method'].default}`" for model in having]
+    methods = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     (row,) = re.findall(rf"^\| `{key}` \|.*$", README.partition("## Keys")[2], re.MULTILINE)
     said = re.findall(r"Only for ([^.]+)\.", row)
     assert said == ([] if len(having) == len(_MODELS) else [methods])
