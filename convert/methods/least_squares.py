@@ -37,9 +37,12 @@ def solve(
     residual = pull - normal(start)
     direction = residual
     power = residual.square().flatten(1).sum(1)
+    # below it a residual is rounding, along which there is nothing to gain
+    enough = torch.finfo(pull.dtype).eps ** 2 * pull.square().flatten(1).sum(1)
     for _ in range(steps):
         image = normal(direction) + strength * direction
         length = power / (direction * image).flatten(1).sum(1).clamp(min=torch.finfo().tiny)
+        length = torch.where(power > enough, length, 0.0)
         solution = solution + length.view(each) * direction
         residual = residual - length.view(each) * image
         next_power = residual.square().flatten(1).sum(1)

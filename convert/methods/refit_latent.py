@@ -54,7 +54,9 @@ def expanded(layer: LatentLayer) -> AttentionLayer:
 
 def latent_basis(layer: LatentLayer, inputs: Tensor) -> Basis:
     """The latents [N, T, R] of inputs [N, T, E], as what projections are made of."""
-    return Basis(inputs @ layer.latent.mT, torch.linalg.pinv(layer.latent), layer.latent)
+    # rows of a latent differ in size by orders of magnitude
+    there = torch.linalg.pinv(layer.latent.double()).to(inputs.dtype)
+    return Basis(inputs @ layer.latent.mT, there, layer.latent)
 
 
 def with_expanded_values(layer: LatentLayer, fitted: AttentionLayer, basis: Basis) -> LatentLayer:
@@ -115,7 +117,9 @@ class _Fit:
         biased = layer.k_rope_bias is not None
         self._key_basis = self._basis if same else basis_of(inputs, bias=biased)
         self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
-        self._latents = inputs @ layer.latent.mT
+        # no softmax sees a constant of the keys without rotation, but float32 rounds it
+        latents = inputs @ layer.latent.mT
+        self._latents = latents - latents.mean((0, 1))
         self._k_up = layer.k_up.clone()
 
     def layer(self) -> LatentLayer:

@@ -226,6 +226,17 @@ def test_refits_lose_less_on_their_text(
     assert errors["qo"] < 0.85 * errors["none"], errors
 
 
+@pytest.mark.parametrize(("name", "refit"), [("llama", "q"), ("gpt2", "q"), ("gpt2", "qo")])
+def test_refits_leave_what_lost_nothing(
+    source: Source, tmp_path: Path, text: Path, name: str, refit: str
+) -> None:
+    """Weights are float32 in refits, so that their rounding is all that may change."""
+    model = source(name)
+    keys = {**_whole(model), "target": "kvpatch", "samples": _TEXT // _CONTEXT}
+    result = _mla(model, tmp_path / "out", text=text, refit=refit, **keys)
+    _assert_same(model, result, atol=1e-3)
+
+
 def test_both_classes_compute_the_same_refitted_model(
     source: Source, tmp_path: Path, text: Path
 ) -> None:
