@@ -50,7 +50,6 @@ _MLA_STEPS: Mapping[str, Mapping[str, Any]] = {
     "cut alone": {"refit": "none"},
     "calibrated": {"refit": "none"},
     "+ refit qo": {"refit": "qo"},
-    "native": {"refit": "qo", "target": "native"},
 }
 
 
@@ -148,8 +147,6 @@ def _mla(place: _Place) -> Iterator[dict[str, Any]]:
             recipe = {"method": "mla", "rank": rank, "rope_dims": rope, "target": "kvpatch", **keys}
             if step == "cut alone":
                 recipe["rank"] = 256  # the hidden width: the latent loses nothing
-            if step == "native":
-                recipe["rank"] = rank - 1  # its norm needs a dim
             yield _row(place, _CLASSICS, 32, what, step, recipe)
 
 

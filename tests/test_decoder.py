@@ -25,6 +25,7 @@ from convert.families import tensor_names, unpack
 from convert.layer import AttentionLayer
 from convert.methods.attention import keys, plane_order, values
 from convert.methods.fitting import head_outputs, projected
+from convert.streams import scoring_of
 from kvpatch.errors import InputModelError
 from tests.families.stock import attentions, make, random_ids
 from tests.families.tiny import MODELS, attention, family, settings
@@ -206,14 +207,15 @@ def test_canonical_attention_is_that_of_the_stock_model(
         calibration = _calibration(facts, truth.tokens)
         for layer in range(facts.layers):
             original = _canonical(checkpoint, facts, layer)
-            ready, scoring = calibration._ready(original), calibration._scoring(layer, decoder)
+            ready = calibration.ready(original)
+            scoring = scoring_of(facts, layer, decoder, truth.tokens.shape[1])
             order, inputs = plane_order(original), truth.inputs[layer]
             key, value = keys(ready, scoring, inputs), values(ready, scoring, inputs)
             _assert_same(key, truth.keys[layer][..., order])
             _assert_same(value, truth.values[layer])
             outcome = projected(ready, head_outputs(ready, scoring, inputs, (key, value)))
             _assert_same(outcome, truth.outputs[layer])
-            restored = calibration._stored(ready, like=original)
+            restored = calibration.stored(ready, like=original)
             for field in dataclasses.fields(original):
                 tensor = getattr(original, field.name)
                 if isinstance(tensor, Tensor):

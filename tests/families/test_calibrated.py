@@ -149,10 +149,10 @@ def test_two_runs_write_the_same_bytes(
 
 
 @torch.no_grad()
-def _in_pairs(*, copies: bool) -> Any:
-    """A Llama of four layers; with copies, 1 and 3 see what 0 and 2 see, and have their KV."""
-    model = make("llama", {**settings("llama"), "num_hidden_layers": 4}, seed=3)
-    for producer, reader in ((0, 1), (2, 3)) if copies else ():
+def _in_pairs(copies: tuple[int, ...] = (), *, layers: int = 4) -> Any:
+    """A Llama; the layer after each of ``copies`` sees what that one sees, and has its KV."""
+    model = make("llama", {**settings("llama"), "num_hidden_layers": layers}, seed=3)
+    for producer, reader in ((first, first + 1) for first in copies):
         one, other = (model.model.layers[index] for index in (producer, reader))
         for weight in (one.self_attn.o_proj.weight, one.mlp.down_proj.weight):
             weight.zero_()
@@ -166,7 +166,7 @@ def _in_pairs(*, copies: bool) -> Any:
 
 
 def test_layers_with_copies_stay_exact(text: Path, tmp_path: Path) -> None:
-    model = _save(_in_pairs(copies=True), tmp_path / "model")
+    model = _save(_in_pairs((0, 2)), tmp_path / "model")
     out = _calibrated(model, tmp_path / "out", text, method="cla", share=2)
     _assert_equal_to_rounding(model, out)
 
@@ -175,7 +175,7 @@ def test_layers_with_copies_stay_exact(text: Path, tmp_path: Path) -> None:
 def test_calibration_loses_less_between_layers(
     text: Path, tmp_path: Path, kv_heads: int | None
 ) -> None:
-    model = _save(_in_pairs(copies=False), tmp_path / "model")
+    model = _save(_in_pairs(), tmp_path / "model")
     keys = {"method": "cla", "share": 2, "kv_heads": kv_heads}
     mean = _convert(model, tmp_path / "mean", **keys, merge="mean")
     bare = _calibrated(model, tmp_path / "bare", text, **keys, refit="none")
@@ -185,18 +185,19 @@ def test_calibration_loses_less_between_layers(
 
 
 def test_calibrated_losses_choose_the_layers(text: Path, tmp_path: Path) -> None:
-    """Layers 2 and 3 are the only ones that merge without loss, which their inputs alone tell."""
-    model = _in_pairs(copies=True)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight.normal_(
-            std=0.1, generator=torch.Generator().manual_seed(5)
-        )
-    folder = _save(model, tmp_path / "model")
+    """Layers 1 and 2, 3 and 4 merge without loss, which their inputs alone tell."""
+    folder = _save(_in_pairs((1, 3), layers=5), tmp_path / "model")
     keys = {"method": "cla", "share": 2, "layers": "auto", "refit": "none"}
     out = _calibrated(folder, tmp_path / "out", text, **keys)
-    found = _manifest(out)["kv_cache"]["kv_source_layers"]
-    assert found[2:] == [2, 2]
-    assert len(set(found)) == 2
+    assert _manifest(out)["kv_cache"]["kv_source_layers"] == [0, 1, 1, 3, 3]
+
+
+def test_the_first_layer_never_shares_of_itself(text: Path, tmp_path: Path) -> None:
+    """Although it would lose nothing."""
+    folder = _save(_in_pairs((0, 2)), tmp_path / "model")
+    keys = {"method": "cla", "share": 2, "layers": "auto", "refit": "none"}
+    out = _calibrated(folder, tmp_path / "out", text, **keys)
+    assert _manifest(out)["kv_cache"]["kv_source_layers"] == [0, 1, 1, 1]
 
 
 def test_the_text_and_its_tokens_are_on_record(source: Source, text: Path, tmp_path: Path) -> None:

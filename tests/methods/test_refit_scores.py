@@ -34,7 +34,7 @@ def one_by_one(function: Callable[[int], None], numbers: range) -> None:
 @pytest.fixture
 def converged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough steps for conjugate gradients to end where the dense solution lies."""
-    monkeypatch.setattr(module, "_STEPS", 120)
+    monkeypatch.setattr(module, "STEPS", 120)
 
 
 def _basis(*, bias: bool, seed: int) -> Basis:
@@ -206,7 +206,7 @@ def test_refits_never_diverge_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Conjugate gradients only descend, and the ridge is nothing at the start."""
-    monkeypatch.setattr(module, "_STEPS", steps)
+    monkeypatch.setattr(module, "STEPS", steps)
     scoring = causal(T, planes, window=window, softcap=softcap)
     readers = [_reader(scoring, bias=True, seed=seed) for seed in (1, 11)]
     inputs = _basis(bias=True, seed=1).inputs
