@@ -54,12 +54,14 @@ def test_benchmark_table_quotes_the_results() -> None:
     assert shown == expected
 
 
-def test_quality_table_quotes_the_results() -> None:
+@pytest.mark.parametrize(("block", "count"), [("quality", 5), ("mla", 3)])
+def test_quality_tables_quote_the_results(block: str, count: int) -> None:
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in _block("quality").strip().splitlines()
+        for line in _block(block).strip().splitlines()
     ]
+    assert len(lines) == count + 2
     steps = lines[0][1:]
     for what, *cells in lines[2:]:
         of = [row for row in rows if (row["model"], row["what"]) == ("classics-mha-6m", what)]
@@ -67,6 +69,15 @@ def test_quality_table_quotes_the_results() -> None:
         measured = {step: f"{measured[step]:.3f}" for step in steps if step in measured}
         assert cells == [measured.get(step, "") for step in steps]
         assert len(measured) >= 5
+
+
+def test_absorbed_decoding_quotes_the_results() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/absorbed.json").read_text())["runs"]
+    (run,) = [r for r in runs if (r["cache"], r["threads"]) == ("dynamic", 1)]
+    ratios = run["wall"]["whole"]
+    stock, llama = ratios["stock_by_absorbed"], ratios["absorbed_by_llama"]
+    assert f"1/{stock:.1f} of the stock" in _block("absorbed")
+    assert f"{llama:.2f} of that\nof the Llama" in _block("absorbed")
 
 
 def test_every_family_is_listed() -> None:

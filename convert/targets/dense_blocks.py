@@ -89,7 +89,7 @@ def block_problem(facts: ModelFacts) -> str | None:
         (facts.clip is not None, "it clamps queries, keys and values"),
         (
             model_type not in BLOCKS,
-            f"a {model_type} block is not attention and a gated MLP, an RMS norm before each",
+            f"the block of {model_type} is not attention and a gated MLP, an RMS norm before each",
         ),
         (seen, "it has sliding windows"),
     )

@@ -50,20 +50,20 @@ def test_a_bias_has_no_place_in_a_file_without_biases(
 
 _REASONS = {
     "mistral:window": "sliding windows",
-    "mixtral": "a mixtral block is not",
+    "mixtral": "the block of mixtral is not",
     "qwen2:window-tied": "sliding windows",
     "qwen3": "normalises queries and keys",
     "gemma2": "soft cap",
-    "gemma2:bias-nocap": "a gemma2 block is not",
-    "olmo": "a olmo block is not",
+    "gemma2:bias-nocap": "the block of gemma2 is not",
+    "olmo": "the block of olmo is not",
     "olmo:bias-clip": "clamps queries",
     "phi3:window-partial": "sliding windows",
-    "stablelm": "a stablelm block is not",
-    "cohere": "a cohere block is not",
+    "stablelm": "the block of stablelm is not",
+    "cohere": "the block of cohere is not",
     "smollm3:bias-window-untied": "sliding windows",
-    "glm4": "a glm4 block is not",
+    "glm4": "the block of glm4 is not",
     "ernie4_5:bias-untied": "its MLP has biases",
-    "gpt2": "a gpt2 block is not",
+    "gpt2": "the block of gpt2 is not",
 }
 
 
