@@ -382,3 +382,16 @@ def test_directions_that_do_not_occur_are_left_alone() -> None:
     back = reader.rows @ basis.back
     assert float((back - rows).abs().max()) > 0.1
     assert_close(back[..., 2], rows[..., 2], atol=1e-8)
+
+
+def test_a_reader_of_double_share_counts_as_two(converged: None) -> None:
+    scoring = causal(T, 2)
+    one, other = (_reader(scoring, bias=False, seed=seed) for seed in (1, 11))
+    inputs, start = _basis(bias=False, seed=1).inputs, randn(D, E, seed=30)
+
+    def keys(*readers: Reader) -> Tensor:
+        return refit_scores([dataclasses.replace(r) for r in readers], inputs, start, seed=5)
+
+    doubled = keys(one, dataclasses.replace(other, share=2.0))
+    assert_close(doubled, keys(one, other, other), atol=1e-9)
+    assert float((doubled - keys(one, other)).abs().max()) > 1e-3
