@@ -29,8 +29,8 @@ __all__ = ["Fate", "Plan", "Shard", "make_plan"]
 
 # interpreter, torch and this package, resident: measured by benchmarks/convert.py
 RUNTIME_RAM = 270_000_000
-# the same with transformers, which calibration runs
-_CALIBRATION_RAM = 600_000_000
+# the same with transformers, which calibration runs and latents ask for frequencies
+_TRANSFORMERS_RAM = 600_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,7 @@ def make_plan(
     tensors = checkpoint.tensors
     steps = list(Steps(tensors, facts, method, target, sources, cast))
     working = max(_working_bytes(step, tensors, method) for step in steps)
+    loads_transformers = windows is not None or scheme.kv_heads is None
     if windows is not None:
         working = max(
             working,
@@ -151,7 +152,7 @@ def make_plan(
         before=facts.cache(),
         after=scheme.cache,
         source_bytes=sum(info.nbytes for info in tensors.values()),
-        peak_ram=working + (RUNTIME_RAM if windows is None else _CALIBRATION_RAM),
+        peak_ram=working + (_TRANSFORMERS_RAM if loads_transformers else RUNTIME_RAM),
         plan_id=_identity(checkpoint, identity),
     )
 

@@ -45,7 +45,7 @@ _SERVING = ("--serving", "--rope-select", "stride")
 _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "window": ("mistral:window", _NATIVE, "it has sliding windows"),
     "qwen2-window": ("qwen2:window-tied", _NATIVE, "it has sliding windows"),
-    "block": ("phi", _NATIVE, "a phi block is not"),
+    "block": ("phi", _NATIVE, "the block of phi is not"),
     "no-pair": ("llama", ("--rank", 8, "--rope-dims", 0, "--arch", "youtu"), "--arch youtu: no "),
     "arch": ("llama", (*SMALL, "--target", "kvpatch", "--arch", "youtu"), "for native results"),
     "rank": ("llama", ("--rank", 65, "--rope-dims", 2), "--rank 65 is more than this model's "),
@@ -76,7 +76,7 @@ _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "refit": ("llama", (*SMALL, "--refit", "o"), "refit o needs a calibration text"),
     "serving-greedy": ("wide", ("--serving", "--kv-budget", "256+64"), "no common base"),
     "serving-sizes": ("wide", (*_SERVING, "--kv-budget", "100+64"), "neither 320 nor 576"),
-    "serving-class": ("phi", ("--serving", *SMALL), "a phi block is not"),
+    "serving-class": ("phi", ("--serving", *SMALL), "the block of phi is not"),
     "serving-biases": ("qwen2", (*_SERVING, *SMALL), "has biases"),
     "serving-ours": ("wide", ("--serving", "--target", "kvpatch", *SMALL), "native results"),
     "serving-youtu": (
