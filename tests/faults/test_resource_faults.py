@@ -243,8 +243,9 @@ def test_peak_memory_keeps_to_the_plan_and_does_not_grow_with_the_model(tmp_path
         )
         arguments = ["gqa", str(source), str(tmp_path / f"out-{layers}"), "--kv-heads", "2"]
         plan = cli([*arguments, "--dry-run", "--json"])
-        peaks.append(_peak(arguments))
-        assert peaks[-1] < json.loads(plan.out)["peak_ram"]
+        runs = [_peak([*arguments, "--overwrite"]) for _ in range(2)]
+        assert max(runs) < json.loads(plan.out)["peak_ram"]
+        peaks.append(min(runs))  # a machine with other work lets buffers wait for one another
         shutil.rmtree(source)
     # kept keys and values of four layers would be 67 MB; equal runs differ by up to 7 MB
     assert peaks[1] - peaks[0] < 16_000_000
