@@ -245,10 +245,11 @@ def test_peak_memory_keeps_to_the_plan_and_does_not_grow_with_the_model(tmp_path
         plan = cli([*arguments, "--dry-run", "--json"])
         runs = [_peak([*arguments, "--overwrite"]) for _ in range(2)]
         assert max(runs) < json.loads(plan.out)["peak_ram"]
-        peaks.append(min(runs))  # a machine with other work lets buffers wait for one another
+        peaks.append(min(runs))
         shutil.rmtree(source)
-    # kept keys and values of four layers would be 67 MB; equal runs differ by up to 7 MB
-    assert peaks[1] - peaks[0] < 16_000_000
+    # kept keys and values of four layers would be 67 MB; equal runs differ by up to 7 MB alone, and
+    # by 30 MB beside other work, when buffers wait for one another
+    assert peaks[1] - peaks[0] < 45_000_000
 
 
 @pytest.mark.slow
