@@ -16,9 +16,8 @@ from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
-from convert.execute import read_layer
+from convert.execute import read_attention
 from convert.facts import read_facts, with_stored_names
-from convert.families import tensor_names
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.attention import Scoring, keys, values
 from convert.methods.fitting import head_outputs, projected, second_moments
@@ -54,9 +53,7 @@ def published_loss(
         original = decoder.embed(torch.cat([calibration, text]))
         converted, count = original[len(calibration) :].clone(), len(calibration)
         for number in range(facts.layers):
-            names = tensor_names(facts.family, facts.geometry, number, _PARTS)
-            stored = [name for name in names if name in checkpoint.tensors]
-            layer = read_layer(checkpoint, facts, number, stored, torch.float32)[0]
+            layer = read_attention(checkpoint, facts, number, _PARTS, torch.float32)
             with decoder.block(number) as block:
                 original, inputs, _ = block.run_all(original)
                 moment = second_moments([inputs[:count]]).own[0]

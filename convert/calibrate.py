@@ -26,7 +26,7 @@ from convert.methods.fitting import (
     token_gram,
 )
 from convert.steps import Step
-from convert.streams import WEIGHTS, Converting, Streams, relative_error, side_by_side
+from convert.streams import WEIGHTS, Converting, Streams, relative_error, side_by_side, unit_name
 
 __all__ = ["Calibration"]
 
@@ -37,7 +37,7 @@ class Calibration(Converting):
 
     def unit(self, layers: tuple[int, ...]) -> Converted:
         """The converted layers of a unit and what each of them lost."""
-        tensors, (geometries, results) = self.scratch.load(_name(layers))
+        tensors, (geometries, results) = self.scratch.load(unit_name(layers))
         converted = []
         for layer, geometry in zip(layers, geometries, strict=True):
             fields = {n: tensors.get(f"{layer}.{n}") for n in WEIGHTS}
@@ -53,7 +53,7 @@ class Calibration(Converting):
             self.observe(layer, item, decoder, streams)
             for layer, item in zip(unit, before, strict=True)
         ]
-        done = self.scratch.has(_name(unit))
+        done = self.scratch.has(unit_name(unit))
         assert self.plan.method.convert is not None
         converted, results = (
             self.unit(unit)
@@ -138,11 +138,7 @@ class Calibration(Converting):
             if getattr(item, name) is not None
         }
         geometries = [dataclasses.asdict(item.geometry) for item in after]
-        self.scratch.keep(_name(unit), tensors, [geometries, results])
-
-
-def _name(unit: Sequence[int]) -> str:
-    return f"layer-{unit[0]:05d}"
+        self.scratch.keep(unit_name(unit), tensors, [geometries, results])
 
 
 def _query_order(before: Geometry, result: Mapping[str, Any]) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ from convert.methods.refit_latent import (
 from convert.plan import Plan
 from convert.recipe import MlaRecipe
 from convert.steps import Step
-from convert.streams import Converting, Streams, relative_error, side_by_side
+from convert.streams import Converting, Streams, relative_error, side_by_side, unit_name
 from convert.survey import look, survey, white
 from convert.targets.deepseek import deepseek_problem
 from convert.targets.dense_blocks import stock_config
@@ -128,7 +128,7 @@ def choose_latents(
     checkpoint: Checkpoint,
     *,
     tokens: Tensor | None,
-    look: bool,
+    to_write: bool,
     progress: Callable[[int], None],
 ) -> tuple[Sizes, Sequence[Sequence[int]], LatentChoice | None]:
     """Sizes, and for each layer what stays rotary.
@@ -138,14 +138,14 @@ def choose_latents(
         facts: The source.
         checkpoint: The open source.
         tokens: [N, T] calibration windows, or None.
-        look: Choose components; else the planes are placeholders, unless sizes must be chosen too.
+        to_write: Choose components; else the planes are placeholders, unless sizes must be chosen.
         progress: Called with the number of layers just looked at.
 
     Raises:
         UsageError: If the model cannot have such sizes.
     """
     splits = sizes_of(recipe, facts)
-    if len(splits) == 1 and not look:
+    if len(splits) == 1 and not to_write:
         return splits[0], placeholder_planes(recipe, facts, splits[0]), None
     attended, predicted = survey(
         checkpoint, facts, tokens=tokens, device=recipe.device, splits=splits, progress=progress
@@ -175,7 +175,7 @@ class LatentConverting(Converting):
     def unit(self, layers: tuple[int, ...]) -> Converted:
         """The converted layer of a unit and what it lost."""
         tensors: dict[str, Any]
-        tensors, (geometry, planes, scale, result) = self.scratch.load(_name(layers))
+        tensors, (geometry, planes, scale, result) = self.scratch.load(unit_name(layers))
         layer = LatentLayer(
             geometry=LatentGeometry(**geometry),
             planes=tuple(planes),
@@ -189,9 +189,8 @@ class LatentConverting(Converting):
         (number,) = step.layers
         ((original, _),) = read_unit(self.checkpoint, self.plan.facts, step, torch.float32)
         seen = self.observe(number, original, decoder, streams)
-        seen = dataclasses.replace(seen, query_order=tuple(range(original.geometry.heads)))
         turn = seen.scoring.turn
-        done = self.scratch.has(_name(step.layers))
+        done = self.scratch.has(unit_name(step.layers))
         if done:
             (layer,), _ = self.unit(step.layers)
         else:
@@ -251,7 +250,7 @@ class LatentConverting(Converting):
             if getattr(layer, name) is not None
         }
         facts = [dataclasses.asdict(layer.geometry), layer.planes, layer.scale, result]
-        self.scratch.keep(_name(unit), tensors, facts)
+        self.scratch.keep(unit_name(unit), tensors, facts)
 
 
 def latent_unit(
@@ -287,7 +286,3 @@ def _mapped(layer: LatentLayer, device: str) -> LatentLayer:
 def _share(part: Tensor, whole: Tensor) -> float:
     total = float(whole.sum())
     return max(0.0, float(part.sum())) / total if total > 0 else 0.0
-
-
-def _name(unit: Sequence[int]) -> str:
-    return f"layer-{unit[0]:05d}"

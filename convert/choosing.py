@@ -7,9 +7,8 @@ from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
-from convert.execute import read_layer
+from convert.execute import read_attention
 from convert.facts import ModelFacts
-from convert.families import tensor_names
 from convert.layer import AttentionLayer
 from convert.methods import Method
 from convert.methods.fitting import second_moments
@@ -65,7 +64,7 @@ def choose_plan(
     inputs: dict[int, Tensor] = {}
     losses: dict[tuple[int, int], float] = {}
     for layer in range(facts.layers):
-        layers[layer] = _read(checkpoint, facts, method, layer)
+        layers[layer] = read_attention(checkpoint, facts, layer, method.reads)
         if decoder is not None:
             with decoder.block(layer) as block:
                 stream, inputs[layer], _ = block.run_all(stream)
@@ -80,9 +79,3 @@ def choose_plan(
         for held in (layers, inputs):
             held.pop(layer + 1 - 2 * share, None)
     return best_plan(facts, losses, -(-facts.layers // share))
-
-
-def _read(checkpoint: Checkpoint, facts: ModelFacts, method: Method, layer: int) -> AttentionLayer:
-    names = tensor_names(facts.family, facts.geometry, layer, method.reads)
-    stored = [name for name in names if name in checkpoint.tensors]
-    return read_layer(checkpoint, facts, layer, stored)[0]

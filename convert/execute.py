@@ -17,14 +17,14 @@ from convert.checkpoint.safetensors_header import tensor_bytes
 from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord, ShardWriter
 from convert.facts import ModelFacts
-from convert.families import unpack
+from convert.families import tensor_names, unpack
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Converted
 from convert.plan import Plan, Shard
 from convert.steps import Step, TensorSpec, emit
 from kvpatch.errors import InputModelError, VerificationError
 
-__all__ = ["execute", "read_layer", "read_unit"]
+__all__ = ["execute", "read_attention", "read_layer", "read_unit"]
 
 Progress = Callable[[int], None]
 Transform = Callable[[Tensor], Tensor]
@@ -256,6 +256,30 @@ def read_layer(
         tensors[name] = tensor.to(wide)
     rope = facts.ropes[layer]
     return unpack(tensors, facts.family, facts.geometry, layer, rope=rope), tensors
+
+
+def read_attention(
+    checkpoint: Checkpoint,
+    facts: ModelFacts,
+    layer: int,
+    parts: Iterable[str],
+    dtype: torch.dtype | None = None,
+) -> AttentionLayer:
+    """Some canonical fields of one layer; see ``read_layer``.
+
+    Args:
+        checkpoint: The open source.
+        facts: Its attention.
+        layer: Decoder layer.
+        parts: The fields.
+        dtype: See ``read_layer``.
+
+    Raises:
+        InputModelError: If a tensor holds NaN or infinity.
+    """
+    names = tensor_names(facts.family, facts.geometry, layer, parts)
+    stored = [name for name in names if name in checkpoint.tensors]
+    return read_layer(checkpoint, facts, layer, stored, dtype)[0]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -79,8 +79,12 @@ class ModelFacts:
             value_dim=self.geometry.value_dim,
             sources=self.sources if sources is None else sources,
             windows=self.windows if self.family.windows.cached else (None,) * self.layers,
-            bytes_per_value=_DTYPE_BYTES[dtype or self.dtype],
+            bytes_per_value=self.bytes_per_value(dtype),
         )
+
+    def bytes_per_value(self, dtype: str | None = None) -> int:
+        """Width of a cached number, in ``dtype`` or in that of the weights."""
+        return _DTYPE_BYTES[dtype or self.dtype]
 
     @property
     def norm_eps(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,7 +240,7 @@ def _outline(
 
 
 def latent_target(
-    recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes, *, largest: float | None
+    recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes
 ) -> tuple[Target, KVCache]:
     """The class that holds the result, and its cache.
 
@@ -250,7 +249,6 @@ def latent_target(
         facts: The source.
         sizes: Of all layers.
         planes: For each layer the RoPE plane of each pair of the rotary key.
-        largest: Largest norm of a latent, if known.
 
     Raises:
         UsageError: If no class does, or not the one asked for.
@@ -274,7 +272,7 @@ def latent_target(
             arch=recipe.arch,
             inert="epsilon" if recipe.serving else "constant",
             dtype=recipe.dtype,
-            largest=largest,
+            largest=None,
         )
         assert native is not None
         if recipe.serving:
@@ -334,7 +332,10 @@ def _check_serving(recipe: MlaRecipe, target: Target, facts: ModelFacts) -> None
 
 
 def _cache(recipe: MlaRecipe, facts: ModelFacts, rank: int, rope: int) -> KVCache:
-    bytes_per_value = {"float64": 8, "float32": 4}.get(recipe.dtype or facts.dtype, 2)
-    settings: dict[str, Any] = {"layers": facts.layers, "rank": rank, "rope_dim": rope}
-    windows = facts.windows if facts.family.windows.cached else (None,) * facts.layers
-    return latent_cache(**settings, windows=windows, bytes_per_value=bytes_per_value)
+    return latent_cache(
+        layers=facts.layers,
+        rank=rank,
+        rope_dim=rope,
+        windows=facts.windows if facts.family.windows.cached else None,
+        bytes_per_value=facts.bytes_per_value(recipe.dtype),
+    )

@@ -101,7 +101,7 @@ def prepare(
                 facts,
                 checkpoint,
                 tokens=None if windows is None else windows.tokens,
-                look=to_write,
+                to_write=to_write,
                 progress=lambda n: progress("looking", n, facts.layers) if progress else None,
             )
             scheme = latent_scheme(recipe, facts, sizes, planes)

@@ -164,7 +164,11 @@ def _covariance(scaled: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def _read(rows: Tensor, moment: Tensor | None) -> Tensor:
-    return rows if moment is None else rows @ moment.to(rows.dtype)
+    if moment is None:
+        return rows
+    if not rows.is_complex():
+        return rows @ moment
+    return torch.complex(rows.real @ moment, rows.imag @ moment)  # half of a complex product
 
 
 def floored(weights: Tensor) -> Tensor:

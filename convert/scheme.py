@@ -201,7 +201,7 @@ def latent_scheme(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Pl
     Raises:
         UsageError: If no class holds the result.
     """
-    target, cache = latent_target(recipe, facts, sizes, planes, largest=None)
+    target, cache = latent_target(recipe, facts, sizes, planes)
     return Scheme(
         recipe=recipe.model_copy(
             update={"target": target.name, "rank": sizes.rank, "rope_dims": sizes.rope_dims}

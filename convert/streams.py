@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,11 +36,13 @@ __all__ = [
     "WEIGHTS",
     "Converting",
     "Streams",
+    "observe",
     "ready",
     "relative_error",
     "scoring_of",
     "side_by_side",
     "threads_for",
+    "unit_name",
 ]
 
 _SIMILARITY = "similarity"
@@ -131,20 +133,10 @@ class Converting(ABC):
         self, layer: int, original: AttentionLayer, decoder: Decoder, streams: Streams
     ) -> Observed:
         """Lead the original stream through a layer and take down what its attention does."""
-        facts, before = self.plan.facts, streams.original
-        with decoder.block(layer) as block:
-            after, inputs, outputs = block.run_all(before)
-        if not torch.isfinite(after).all():
-            raise InputModelError(f"layer {layer} gives NaN or infinity on the calibration text")
-        streams.original = after
-        return Observed(
-            layer=self.ready(original),
-            scoring=scoring_of(facts, layer, decoder, self.tokens.shape[1]),
-            query_order=(),
-            before=before,
-            inputs=inputs,
-            outputs=outputs,
+        seen, streams.original = observe(
+            self.plan.facts, layer, original, decoder, streams.original
         )
+        return seen
 
     def output_target(self, seen: Observed, streams: Streams) -> Tensor:
         """What the attention should add for the streams to agree after it."""
@@ -166,6 +158,39 @@ class Converting(ABC):
 def ready(layer: AttentionLayer, device: str) -> AttentionLayer:
     """A layer to compute with: float32, on the device, heads in plane order."""
     return _mapped(with_head_order(layer, plane_order(layer)), lambda t, _: t.to(device).float())
+
+
+def observe(
+    facts: ModelFacts, number: int, original: AttentionLayer, decoder: Decoder, before: Tensor
+) -> tuple[Observed, Tensor]:
+    """Lead the original model's hidden states through a layer and take down what happens.
+
+    Args:
+        facts: The source.
+        number: Which layer.
+        original: The same layer.
+        decoder: The model, which has seen a window.
+        before: [N, T, E] hidden states that come in.
+
+    Returns:
+        What the layer did, and the hidden states [N, T, E] that go out.
+
+    Raises:
+        InputModelError: If these are not finite.
+    """
+    with decoder.block(number) as block:
+        after, inputs, outputs = block.run_all(before)
+    if not torch.isfinite(after).all():
+        raise InputModelError(f"layer {number} gives NaN or infinity on the calibration text")
+    observed = Observed(
+        layer=ready(original, decoder.device),
+        scoring=scoring_of(facts, number, decoder, before.shape[1]),
+        query_order=tuple(range(facts.geometry.heads)),
+        before=before,
+        inputs=inputs,
+        outputs=outputs,
+    )
+    return observed, after
 
 
 def scoring_of(facts: ModelFacts, layer: int, decoder: Decoder, tokens: int) -> Scoring:
@@ -224,6 +249,11 @@ def _mapped(layer: AttentionLayer, function: Callable[[Tensor, str], Tensor]) ->
         if getattr(layer, name) is not None
     }
     return dataclasses.replace(layer, **fields)
+
+
+def unit_name(layers: Sequence[int]) -> str:
+    """Name under which a finished unit is kept."""
+    return f"layer-{layers[0]:05d}"
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

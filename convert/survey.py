@@ -13,20 +13,18 @@ from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
-from convert.execute import read_layer
+from convert.execute import read_attention
 from convert.facts import ModelFacts
-from convert.families import tensor_names
 from convert.latents import Sizes
 from convert.layer import AttentionLayer
 from convert.methods.attended import Attended, attended, presumed
 from convert.methods.cut import kept_components, lost_without_turn
-from convert.methods.fitting import Observed, second_moments
+from convert.methods.fitting import second_moments
 from convert.methods.latent import factored, still_keys, value_gram
 from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
-from convert.streams import ready, scoring_of, threads_for
+from convert.streams import observe, threads_for
 from convert.targets.dense_blocks import stock_config
 from convert.targets.rope_tables import rope_table
-from kvpatch.errors import InputModelError
 
 __all__ = ["look", "survey", "white"]
 
@@ -104,22 +102,9 @@ def _measured(
         decoder = Decoder(checkpoint, facts, context=tokens.shape[1], device=device)
         stream = decoder.embed(tokens)
         for number in range(facts.layers):
-            layer, before = _read(checkpoint, facts, number), stream
-            with decoder.block(number) as block:
-                stream, inputs, outputs = block.run_all(before)
-            if not torch.isfinite(stream).all():
-                raise InputModelError(
-                    f"layer {number} gives NaN or infinity on the calibration text"
-                )
-            observed = Observed(
-                layer=ready(layer, device),
-                scoring=scoring_of(facts, number, decoder, tokens.shape[1]),
-                query_order=tuple(range(facts.geometry.heads)),
-                before=before,
-                inputs=inputs,
-                outputs=outputs,
-            )
-            moment = second_moments([inputs]).own[0]
+            layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
+            observed, stream = observe(facts, number, layer, decoder, stream)
+            moment = second_moments([observed.inputs]).own[0]
             yield layer, moment, attended(observed, look(layer, moment)[1])
 
 
@@ -130,7 +115,8 @@ def _presumed(
     if any(rope.dim for rope in facts.ropes):
         frequencies = rope_table(facts, stock_config(facts)).short
     for number in range(facts.layers):
-        layer, moment = _read(checkpoint, facts, number), white(facts.geometry.hidden)
+        layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
+        moment = white(facts.geometry.hidden)
         rows, components = look(layer, moment)
         seen = presumed(
             layer,
@@ -164,9 +150,3 @@ def _predicted(
     still = float(spectrum[sizes.rank :].sum())
     whole = float(seen.energy.sum()) * scale**2 + float(spectrum.sum())
     return (turning + still) / whole
-
-
-def _read(checkpoint: Checkpoint, facts: ModelFacts, number: int) -> AttentionLayer:
-    names = tensor_names(facts.family, facts.geometry, number, _READS)
-    stored = [name for name in names if name in checkpoint.tensors]
-    return read_layer(checkpoint, facts, number, stored, torch.float32)[0]

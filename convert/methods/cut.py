@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convert.methods.attended import Attended
 
-__all__ = ["Selection", "kept_components", "lost_without_turn", "most_pairs"]
+__all__ = ["Selection", "kept_components", "lost_without_turn"]
 
 Selection = Literal["greedy", "per-frequency", "stride"]
 
@@ -44,11 +44,6 @@ def kept_components(
     else:
         chosen = iter([_greedy(layer, pairs) for layer in turning])
     return [next(chosen) if len(layer) else layer.bool() for layer in lost]
-
-
-def most_pairs(lost: Tensor, selection: Selection) -> int:
-    """How many components of a layer [P, n] can stay rotary."""
-    return lost.numel() if selection == "greedy" else len(lost)
 
 
 def _shares(lost: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
     "Inputs",
     "Loss",
     "Moments",
+    "augmented",
     "merge_heads",
     "merge_values",
     "moments_of",
@@ -127,7 +128,7 @@ def moments_of(layers: Sequence[AttentionLayer], inputs: Inputs | None = None) -
     first = layers[0]
     assert first.rope is not None
     planes = planes_of(first.rope, first.geometry.head_dim)
-    queries = tuple(_augmented(layer, "q") for layer in layers)
+    queries = tuple(augmented(layer, "q") for layer in layers)
     energies, metrics = zip(
         *(
             _query_moments(query, layer.geometry, planes, _moment(inputs, index))
@@ -279,7 +280,7 @@ def _predicted(
     """
     rows, missing = [], []
     for index, layer in enumerate(layers):
-        own = _augmented(layer, part)
+        own = augmented(layer, part)
         members = slice(index * len(own), (index + 1) * len(own))
         if index and inputs is not None:
             used = own.shape[-1] - (getattr(layer, f"{part}_bias") is None)
@@ -337,7 +338,7 @@ def _double(tensor: Tensor | None) -> Tensor:
     return tensor.double()
 
 
-def _augmented(layer: AttentionLayer, part: str) -> Tensor:
+def augmented(layer: AttentionLayer, part: str) -> Tensor:
     """Weight [n, D, E] and bias [n, D] of a projection as rows [n, D, E + 1] in float64."""
     weight, bias = _double(getattr(layer, part)), getattr(layer, f"{part}_bias")
     column = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from convert.layer import AttentionLayer
 from convert.methods.attention import plane_order, with_head_order
-from convert.planes import floored
+from convert.methods.merge import augmented
+from convert.planes import floored, key_covariance
 
 __all__ = ["Mixed", "Rows", "mixed", "query_energy", "rows_of"]
 
@@ -66,7 +67,7 @@ def rows_of(layer: AttentionLayer) -> Rows:
     rope = layer.rope
     assert rope is not None
     layer = with_head_order(layer, plane_order(layer))
-    q, k, v = (_augmented(layer, part) for part in ("q", "k", "v"))
+    q, k, v = (augmented(layer, part) for part in ("q", "k", "v"))
     return Rows(q, k, v, rope.dim // 2)
 
 
@@ -86,12 +87,11 @@ def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
         weights: [Hkv, P] energy of the queries that read each head in each plane.
     """
     weights = floored(weights)
-    scaled = weights.sqrt()[..., None] * rows.turning_k
-    read = torch.complex(scaled.real @ moment, scaled.imag @ moment)
-    covariance = torch.einsum("gpe,hpe->pgh", read, scaled.conj())
+    covariance = key_covariance(rows.turning_k, weights, moment)
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     power = floored(values.mT).mT.sqrt()
+    scaled = weights.sqrt()[..., None] * rows.turning_k
     return Mixed(
         rows=torch.einsum("pgj,gpe->pje", vectors.conj(), scaled) / power[..., None],
         maps=(vectors * power[:, None] / weights.sqrt().mT[..., None]).transpose(0, 1),
@@ -102,11 +102,3 @@ def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
 def _complex(heads: Tensor, planes: int) -> Tensor:
     pairs = heads[:, : 2 * planes].reshape(len(heads), planes, 2, heads.shape[-1])
     return torch.complex(pairs[:, :, 0], pairs[:, :, 1])
-
-
-def _augmented(layer: AttentionLayer, part: str) -> Tensor:
-    """Weight [n, D, E] and bias [n, D] of a projection as rows [n, D, E + 1] in float64."""
-    weight: Tensor = getattr(layer, part).double()
-    bias: Tensor | None = getattr(layer, f"{part}_bias")
-    column = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double()
-    return torch.cat([weight, column[..., None]], -1)

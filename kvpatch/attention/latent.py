@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpatch.models.absorbed_kvpatch import absorbed_attention, prefers_absorbed
+from kvpatch.models.absorbed_kvpatch import absorbed_attention, beyond_weight, prefers_absorbed
 
 __all__ = ["STOCK", "AbsorbedDecoding", "StockClass", "absorbed_class", "obstacle", "stock_class"]
 
@@ -187,15 +187,7 @@ def obstacle(attention: Any) -> str | None:
     implementation = attention.config._attn_implementation
     if implementation not in _EQUALLED:
         return f"its attention function is {implementation}, not one of {', '.join(_EQUALLED)}"
-    up = attention.kv_b_proj
-    # adapters, quantised and offloaded layers: what they compute is not in the weight alone
-    if type(up) is not nn.Linear or up.bias is not None or "forward" in vars(up):
-        return f"its kv_b_proj is not a plain linear layer ({type(up).__name__})"
-    if up._forward_hooks or up._forward_pre_hooks:
-        return "its kv_b_proj has hooks"
-    if type(up.weight) not in {nn.Parameter, Tensor}:
-        return f"the weight of its kv_b_proj is a {type(up.weight).__name__}"
-    return None
+    return beyond_weight(attention.kv_b_proj)
 
 
 def stock_class(kind: type[nn.Module]) -> StockClass | None:

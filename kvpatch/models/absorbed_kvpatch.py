@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["absorbed_attention", "prefers_absorbed"]
+__all__ = ["absorbed_attention", "beyond_weight", "prefers_absorbed"]
 
 
 def absorbed_attention(
@@ -80,6 +80,27 @@ def prefers_absorbed(
     absorbed = queries * (keys * (2 * rank + rope) + up_projection)
     expanded = keys * (queries * expanded_width + up_projection)
     return queries <= expanded_width and absorbed < expanded
+
+
+def beyond_weight(kv_b_proj: nn.Module) -> str | None:
+    """What makes an up-projection more than its weight, which the absorbed form reads; or None.
+
+    Adapters and quantisation change the class, sharding that of the weight, and placement by
+    accelerate the forward method.
+    """
+    if (
+        type(kv_b_proj) is not nn.Linear
+        or kv_b_proj.bias is not None
+        or "forward" in vars(kv_b_proj)
+    ):
+        return f"its kv_b_proj is not a plain linear layer ({type(kv_b_proj).__name__})"
+    if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks:
+        return "its kv_b_proj has hooks"
+    if kv_b_proj._backward_hooks or kv_b_proj._backward_pre_hooks:
+        return "its kv_b_proj has backward hooks"
+    if type(kv_b_proj.weight) not in {nn.Parameter, Tensor}:
+        return f"the weight of its kv_b_proj is a {type(kv_b_proj.weight).__name__}"
+    return None
 
 
 def _scores(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .absorbed_kvpatch import absorbed_attention, prefers_absorbed
+from .absorbed_kvpatch import absorbed_attention, beyond_weight, prefers_absorbed
 from .attention_kvpatch import KVAttention, Rotation, sinusoids, turned_pairs
 
 __all__ = ["LatentAttention", "check_table"]
@@ -123,7 +123,7 @@ class LatentAttention(KVAttention):
             not self.training
             and (queries == 1 or mask is not None)
             and self.config._attn_implementation in {"eager", "sdpa"}
-            and _plain(self.kv_b_proj)
+            and beyond_weight(self.kv_b_proj) is None
             and prefers_absorbed(
                 queries,
                 keys,
@@ -172,18 +172,3 @@ def check_table(config: Any, table: nn.Module | None) -> None:
 
 def _turned(states: Tensor, nope_dim: int, rotate: Rotation) -> Tensor:
     return torch.cat((states[..., :nope_dim], rotate(states[..., nope_dim:])), -1)
-
-
-def _plain(linear: nn.Linear) -> bool:
-    """Whether a module is its weight and nothing else, so that this can be read in its place.
-
-    Adapters change the class, quantisation and sharding that of the weight, and placement by
-    accelerate the forward method.
-    """
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in {Tensor, nn.Parameter}
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-        and "forward" not in vars(linear)
-    )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from convert.recipe import ClaRecipe
+from convert.recipe_file import load_recipe
 from tests.faults.builders import write_model
 from tests.faults.running import cli
 
@@ -217,3 +219,12 @@ def test_python_tag_runs_nothing(tmp_path: Path, good: str) -> None:
     for tag in ("object/apply", "object/new"):
         refuse(tmp_path, f"{good}merge: !!python/{tag}:os.mkdir ['{trap}']\n", "recipe.yaml:5")
     assert not os.path.lexists(trap)
+
+
+@pytest.mark.parametrize("text", ["1:6", "10:30", "0:59"])
+def test_a_range_is_text_and_no_number_of_base_60(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"source: model\nmethod: cla\nshare: 2\nlayers: {text}\n")
+    recipe = load_recipe(file)
+    assert isinstance(recipe, ClaRecipe)
+    assert recipe.layers == text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convert.methods.attended import Attended
-from convert.methods.cut import Selection, kept_components, lost_without_turn, most_pairs
+from convert.methods.cut import Selection, kept_components, lost_without_turn
 from tests.helpers import assert_close
 from tests.methods.layers import randn
 
@@ -136,12 +136,6 @@ def test_a_layer_that_loses_nothing_has_as_many_pairs_and_no_say(selection: Sele
     idle, kept = kept_components([dead, lost], 2, selection, common=True)
     assert torch.equal(kept, kept_components([lost], 2, selection, common=True)[0])
     assert torch.equal(idle.sum(1), kept.sum(1))
-
-
-def test_most_pairs_is_what_can_be_chosen() -> None:
-    lost = _lost(1)
-    assert most_pairs(lost, "greedy") == P * COUNT
-    assert most_pairs(lost, "per-frequency") == most_pairs(lost, "stride") == P
 
 
 def test_lost_energy_is_what_is_left_of_the_turn() -> None:
