@@ -88,6 +88,7 @@ def inspect_dims(
         bytes_per_value=bytes_per_value,
         window=_WINDOW,
         most_latents=None,
+        key_scales=0,
     )
 
 
@@ -102,6 +103,7 @@ def facts_rows(facts: ModelFacts) -> list[CacheRow]:
         bytes_per_value=facts.cache().bytes_per_value,
         window=min(_WINDOW, facts.context // 4),
         most_latents=most_dims(facts) if _latent_conversion(facts) else None,
+        key_scales=facts.key_scales,
     )
 
 
@@ -115,12 +117,13 @@ def cache_rows(
     bytes_per_value: int,
     window: int,
     most_latents: Sizes | None,
+    key_scales: int,
 ) -> list[CacheRow]:
     """The table: the model as it is, GQA for every divisor, MQA, CLA2, MLA and a sliding window.
 
     MLA has the proportions of DeepSeek-V2 (arXiv:2405.04434, section 3.1.2): rank ``4 * head_dim``
     and ``head_dim / 2`` rotary dims, as far as ``most_latents`` allows; it has a command if that is
-    given.
+    given. ``key_scales`` numbers are cached beside them.
     """
 
     def shared(kv: int, share: int = 1, spans: Sequence[int | None] = windows) -> KVCache:
@@ -154,6 +157,7 @@ def cache_rows(
                 layers=layers,
                 rank=rank,
                 rope_dim=rope_dim,
+                scales=key_scales,
                 windows=windows,
                 bytes_per_value=bytes_per_value,
             ),

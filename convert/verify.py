@@ -306,6 +306,7 @@ def _planned_cache(config: Mapping[str, Any]) -> KVCache:
         layers=facts.layers,
         rank=config["kv_lora_rank"],
         rope_dim=[2 * len(pairs) for pairs in planes],
+        scales=facts.key_scales,
         sources=config.get("kv_source_layers"),
         windows=facts.windows if facts.family.windows.cached else None,
     )

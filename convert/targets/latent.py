@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convert.facts import ModelFacts
-from convert.layer import LatentLayer
+from convert.layer import AttentionLayer, Geometry, LatentLayer
 from convert.targets.patched import patched_class
 from convert.targets.target import Target
 
@@ -33,16 +33,20 @@ def latent_class(
     stay those of the stock class.
 
     Args:
-        facts: The source. Query/key norms and clamps have no place in latent attention.
+        facts: The source. Clamps have no place in latent attention, nor has a norm of keys that
+            is more than a factor.
         ranks: Latent dims of each layer, those of the layer it reads for one that reads another's.
         planes: For each layer and each pair of its rotary key the RoPE plane of the source.
         nope_dim: Dims of a query or key without positions; a layer with fewer gets zeros.
         value_dim: Dims of a value.
         kv_source_layers: For each layer the one whose latents it reads; None if all have their own.
     """
-    if facts.qk_norm is not None or facts.clip is not None:
+    normed = facts.qk_norm is not None
+    if facts.clip is not None or (normed and not facts.key_scales):
         return None
-    plain = patched_class(facts, kv_heads=facts.geometry.heads, kv_source_layers=kv_source_layers)
+    geometry = facts.geometry
+    kv_heads = geometry.kv_heads if normed else geometry.heads
+    plain = patched_class(facts, kv_heads=kv_heads, kv_source_layers=kv_source_layers)
     if plain is None:
         return None
     keys = {
@@ -54,7 +58,7 @@ def latent_class(
     return dataclasses.replace(
         plain,
         edit=partial(_edit, edit=plain.edit, keys=keys),
-        reads=frozenset({"q", "k", "v", "o"}),
+        reads=frozenset({"q", "k", "v", "o", "q_norm", "k_norm"}),
         fold=partial(_fold, prefix=f"{plain.family.attention}.", nope_dim=nope_dim),
     )
 
@@ -64,11 +68,12 @@ def pack_latent(layer: LatentLayer, prefix: str) -> dict[str, Tensor]:
 
     Args:
         layer: The layer. One that reads the latents of another has no ``kv_a_proj_with_mqa``; it
-            is one whose ``latent`` and ``k_rope`` have no rows.
+            is one whose ``latent``, ``k_rope`` and ``k`` have no rows.
         prefix: What the names begin with.
 
     Returns:
-        Contiguous tensors by name; biases that the layer does not have are zeros.
+        Contiguous tensors by name, but for the query norm; biases that the layer does not have are
+        zeros.
     """
     q, o = layer.q, layer.o
     tensors = {
@@ -79,10 +84,18 @@ def pack_latent(layer: LatentLayer, prefix: str) -> dict[str, Tensor]:
         "o_proj.bias": _or_zeros(layer.o_bias, o[:, 0, 0]),
     }
     if len(layer.latent):
+        latent_bias = _or_zeros(layer.latent_bias, layer.latent[:, 0])
         rope_bias = _or_zeros(layer.k_rope_bias, layer.k_rope[:, 0])
         tensors |= {
             "kv_a_proj_with_mqa.weight": torch.cat([layer.latent, layer.k_rope]),
-            "kv_a_proj_with_mqa.bias": torch.cat([torch.zeros_like(layer.latent[:, 0]), rope_bias]),
+            "kv_a_proj_with_mqa.bias": torch.cat([latent_bias, rope_bias]),
+        }
+    if layer.q_rope is not None and layer.geometry.rope_dim:
+        tensors["q_rope.weight"] = layer.q_rope
+    if layer.k is not None and len(layer.k):
+        tensors |= {
+            "k_proj.weight": layer.k.flatten(0, 1),
+            "k_proj.bias": _or_zeros(layer.k_bias, layer.k[..., 0]).flatten(),
         }
     return {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -98,8 +111,26 @@ def _edit(
 
 def _fold(
     layer: LatentLayer, _: Mapping[str, Tensor], *, prefix: str, nope_dim: int
-) -> tuple[None, Mapping[str, Tensor]]:
-    return None, pack_latent(_widened(layer, nope_dim), prefix)
+) -> tuple[AttentionLayer | None, Mapping[str, Tensor]]:
+    return _query_norm(layer), pack_latent(_widened(layer, nope_dim), prefix)
+
+
+def _query_norm(layer: LatentLayer) -> AttentionLayer | None:
+    """The query norm, which stays what and where it was."""
+    if layer.q_norm is None:
+        return None
+    sizes = layer.geometry
+    return AttentionLayer(
+        geometry=Geometry(
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            kv_heads=sizes.heads,
+            head_dim=sizes.nope_dim,
+            value_dim=sizes.value_dim,
+        ),
+        q_norm=layer.q_norm,
+        q_norm_bias=layer.q_norm_bias,
+    )
 
 
 def _widened(layer: LatentLayer, nope_dim: int) -> LatentLayer:
