@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from convert.decoder import Decoder
 from convert.execute import read_unit
 from convert.facts import ModelFacts
 from convert.latents import Sizes, placeholder_planes, sizes_of
-from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
+from convert.layer import AttentionLayer, LatentGeometry, LatentLayer, QkNorm
 from convert.methods import Converted
 from convert.methods.attended import Attended
-from convert.methods.attention import keys, values
 from convert.methods.cut import kept_components, lost_without_turn
 from convert.methods.fitting import (
     head_outputs,
@@ -35,10 +35,12 @@ from convert.methods.latent import (
     value_gram,
     with_idle_pairs,
 )
+from convert.methods.normed import factored_whole, normed_form
 from convert.methods.refit_latent import (
     expanded,
     latent_basis,
     refit_latent_scores,
+    shared_by,
     with_expanded_values,
 )
 from convert.plan import Plan
@@ -68,12 +70,14 @@ class LatentChoice:
         kept: For each layer [P, n], true where a component of the keys stays rotary.
         ranks: Latent dims of each layer.
         constants: Whether the result can hold biases; else means are left in the latent.
+        norm: Of queries and keys.
     """
 
     attended: Sequence[Attended]
     kept: Sequence[Tensor]
     ranks: Sequence[int]
     constants: bool
+    norm: QkNorm | None
 
     @property
     def planes(self) -> list[tuple[int, ...]]:
@@ -97,17 +101,17 @@ class LatentChoice:
             scale: Factor on its scores.
             factor: Of its rotation, where a scaled RoPE has one.
         """
-        rows, components = look(layer, moment)
+        rows, components = look(layer, moment, self.norm)
         attended, kept = self.attended[number], self.kept[number]
         still = still_keys(rows, components, attended.turn, kept, factor**2)
-        found = factored(
+        factor_them = partial(factored, centred=self.constants)
+        found = (factor_them if self.norm is None else factored_whole)(
             still,
             rows.v,
             key_metric=attended.queries * scale**2,
             value_gram=value_gram(layer, attended.values),
             moment=moment,
             rank=self.ranks[number],
-            centred=self.constants,
         )
         lost = lost_without_turn(attended)
         results = {
@@ -116,7 +120,8 @@ class LatentChoice:
             "lost_energy_rope": _share(lost[~kept], attended.energy),
             "lost_energy_latent": _share(found.spectrum[self.ranks[number] :], found.spectrum),
         }
-        converted = latent_form(layer, rows, components, kept=kept, factored=found, scale=scale)
+        form = latent_form if self.norm is None else normed_form
+        converted = form(layer, rows, components, kept=kept, factored=found, scale=scale)
         if not converted.planes and self.planes[number]:
             converted = with_idle_pairs(converted, self.planes[number])
         return converted, results
@@ -158,7 +163,13 @@ def choose_latents(
         common=recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None,
     )
     ranks = [sizes.rank] * facts.layers
-    choice = LatentChoice(attended=attended, kept=kept, ranks=ranks, constants=not recipe.serving)
+    choice = LatentChoice(
+        attended=attended,
+        kept=kept,
+        ranks=ranks,
+        constants=not recipe.serving,
+        norm=facts.qk_norm,
+    )
     return sizes, choice.planes, choice
 
 
@@ -215,7 +226,7 @@ class LatentConverting(Converting):
             if self.refit_output and not done:
                 layer = self._refit_outcome(layer, seen, scoring, inputs, streams)
             ready = expanded(layer)
-            shared = keys(ready, scoring, inputs), values(ready, scoring, inputs)
+            shared = shared_by(layer, ready, scoring, inputs)
             outputs = projected(ready, head_outputs(ready, scoring, inputs, shared))
             streams.converted = block.run_all_with(streams.converted, outputs)
         if not done:
@@ -236,7 +247,7 @@ class LatentConverting(Converting):
             [dataclasses.replace(seen, scoring=scoring)],
             [ready],
             inputs=inputs,
-            shared=(keys(ready, scoring, inputs), values(ready, scoring, inputs)),
+            shared=shared_by(layer, ready, scoring, inputs),
             target=self.output_target(seen, streams),
             seed=self.seed,
             basis=basis,
@@ -270,7 +281,7 @@ def _rotary_factor(facts: ModelFacts, number: int) -> float:
     rope = facts.ropes[number]
     if not rope.dim or rope.kind == "default":
         return 1.0
-    return rope_table(facts, stock_config(facts)).attention_factor
+    return rope_table(facts, stock_config(facts), number).attention_factor
 
 
 def _mapped(layer: LatentLayer, device: str) -> LatentLayer:

@@ -21,6 +21,7 @@ from convert.targets.latent import latent_class
 from convert.targets.serving import serving_problems
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache, latent_cache
+from kvpatch.models import FAMILIES
 
 __all__ = [
     "Planes",
@@ -64,8 +65,8 @@ def refuse_latents(facts: ModelFacts) -> None:
 
 def _latent_problem(facts: ModelFacts) -> str | None:
     reasons = {
-        "its queries and keys have a norm, which a shared latent does not commute with": (
-            facts.qk_norm is not None
+        "the norm of its keys adds a bias, which would turn with the positions of a shared key": (
+            facts.qk_norm is not None and not facts.key_scales and _is_ours(facts)
         ),
         f"clip_qkv {facts.clip} cuts off what latents would reproduce": facts.clip is not None,
         f"its scores have a softcap of {facts.softcap}, under which constants of keys count": (
@@ -74,6 +75,10 @@ def _latent_problem(facts: ModelFacts) -> str | None:
         "its scores have ALiBi offsets": facts.family.positions == "alibi",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_ours(facts: ModelFacts) -> bool:
+    return facts.family.model_type in FAMILIES
 
 
 def latent_architecture(facts: ModelFacts) -> str | None:
@@ -97,7 +102,8 @@ def most_dims(facts: ModelFacts, selection: Selection = "greedy") -> Sizes:
     geometry = facts.geometry
     planes = max(rope.dim for rope in facts.ropes) // 2
     each = geometry.kv_heads if selection == "greedy" else 1
-    return Sizes(geometry.hidden, 2 * planes * each)
+    # constants of keys with a norm are in the latent, too
+    return Sizes(geometry.hidden + (facts.qk_norm is not None), 2 * planes * each)
 
 
 def sizes_of(recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
@@ -124,7 +130,7 @@ def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
     geometry, most = facts.geometry, most_dims(facts, recipe.rope_select)
     values = int(share * geometry.kv_heads * (geometry.head_dim + geometry.value_dim))
     native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
-    free = values - _constant_dims(recipe, native=native)
+    free = values - _constant_dims(recipe, native=native) - facts.key_scales
     found = []
     for part in _SHARES if most.rope_dims else (0.0,):
         rope = min(most.rope_dims, 2 * round(part * values / 2))
@@ -151,8 +157,9 @@ def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> N
         else (f"--kv-budget: a rank of {sizes.rank}", f"--kv-budget: {sizes.rope_dims} rotary dims")
     )
     if sizes.rank > most.rank:
+        constant = " and one constant" if facts.qk_norm is not None else ""
         raise UsageError(
-            f"{rank} is more than this model's hidden width of {most.rank}",
+            f"{rank} is more than this model's hidden width of {facts.geometry.hidden}{constant}",
             hint="A latent of that width would hold the whole input.",
         )
     if sizes.rope_dims <= most.rope_dims:
@@ -186,9 +193,14 @@ def latent_method(
 ) -> Method:
     """The conversion of a layer as plan and engine see it; a ``Converting`` carries it out."""
     return Method(
-        reads=frozenset({"q", "k", "v", "o"}),
+        reads=frozenset({"q", "k", "v", "o", "q_norm", "k_norm"}),
         outline=partial(
-            _outline, sizes=sizes, planes=tuple(planes), scale=facts.scales[0], constants=constants
+            _outline,
+            sizes=sizes,
+            planes=tuple(planes),
+            scale=facts.scales[0],
+            constants=constants,
+            normed=facts.qk_norm is not None,
         ),
         convert=None,
         # rows and components in float64 and complex128, and squares of the hidden width
@@ -203,6 +215,7 @@ def _outline(
     planes: tuple[int, ...],
     scale: float,
     constants: bool,
+    normed: bool,
 ) -> list[LatentLayer]:
     (layer,) = layers
     g = layer.geometry
@@ -213,7 +226,7 @@ def _outline(
         return torch.zeros((), dtype=like.dtype).expand(shape)
 
     rank, rope = sizes.rank, sizes.rope_dims
-    width = g.head_dim + rope
+    width = g.head_dim + (0 if normed else rope)
     return [
         LatentLayer(
             geometry=LatentGeometry(
@@ -233,6 +246,10 @@ def _outline(
             q_bias=None if layer.q_bias is None else zeros(g.heads, width),
             k_rope_bias=None if layer.k_bias is None else zeros(rope),
             o_bias=zeros(g.hidden) if constants else None,
+            q_rope=zeros(g.heads, rope, g.head_dim) if normed else None,
+            k=layer.k if normed else None,
+            q_norm=layer.q_norm,
+            q_norm_bias=layer.q_norm_bias,
             planes=planes,
             scale=scale,
         )
@@ -336,6 +353,7 @@ def _cache(recipe: MlaRecipe, facts: ModelFacts, rank: int, rope: int) -> KVCach
         layers=facts.layers,
         rank=rank,
         rope_dim=rope,
+        scales=facts.key_scales,
         windows=facts.windows if facts.family.windows.cached else None,
         bytes_per_value=facts.bytes_per_value(recipe.dtype),
     )

@@ -97,7 +97,10 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
-    return {"refit": recipe.refit or ("none" if recipe.calibration is None else "qo")}
+    normed = facts.qk_norm is not None
+    refit = recipe.refit or ("none" if recipe.calibration is None else "o" if normed else "qo")
+    _check_query_refit(refit, facts)
+    return {"refit": refit}
 
 
 def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
@@ -112,13 +115,7 @@ def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
             hint="Choose --merge mean or first.",
         )
     refit = recipe.refit or (("o" if normed else "qo") if calibrated else "none")
-    if "q" in refit and (normed or facts.clip is not None):
-        stands = "a norm" if normed else f"the clamp clip_qkv {facts.clip}"
-        raise UsageError(
-            f"--refit {refit} does not work here: {stands} stands between the projections of this "
-            "model and their scores, which are then not linear in them",
-            hint="Choose --refit o.",
-        )
+    _check_query_refit(refit, facts)
     alibi = facts.family.positions == "alibi"
     if recipe.calibration is not None and alibi:
         raise UsageError(
@@ -145,6 +142,18 @@ def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
     elif alibi or normed:  # query heads that stay in their places, or keys that are not matched
         choices["match"] = False
     return choices
+
+
+def _check_query_refit(refit: str, facts: ModelFacts) -> None:
+    normed = facts.qk_norm is not None
+    if "q" not in refit or not (normed or facts.clip is not None):
+        return
+    stands = "a norm" if normed else f"the clamp clip_qkv {facts.clip}"
+    raise UsageError(
+        f"--refit {refit} does not work here: {stands} stands between the projections of this "
+        "model and their scores, which are then not linear in them",
+        hint="Choose --refit o.",
+    )
 
 
 def scheme_of(recipe: Merging, facts: ModelFacts, sources: Sequence[int]) -> Scheme:
@@ -241,6 +250,11 @@ def _latent_warnings(
     recipe: MlaRecipe, facts: ModelFacts, target: Target, cache: KVCache
 ) -> list[str]:
     warnings = [] if recipe.target == target.name == "kvpatch" else _class_warnings(facts, target)
+    if facts.qk_norm is not None:
+        warnings.append(
+            f"queries and keys have a norm: its scales are cached too ({facts.key_scales} per "
+            "token and layer), and queries and keys are not refitted"
+        )
     before = facts.cache(dtype=recipe.dtype).bytes_per_token
     if cache.bytes_per_token >= before:
         warnings.append(

@@ -16,31 +16,35 @@ from convert.decoder import Decoder
 from convert.execute import read_attention
 from convert.facts import ModelFacts
 from convert.latents import Sizes
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, QkNorm
 from convert.methods.attended import Attended, attended, presumed
 from convert.methods.cut import kept_components, lost_without_turn
 from convert.methods.fitting import second_moments
 from convert.methods.latent import factored, still_keys, value_gram
 from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
+from convert.methods.normed import factored_whole, mean_factors
 from convert.streams import observe, threads_for
 from convert.targets.dense_blocks import stock_config
 from convert.targets.rope_tables import rope_table
 
 __all__ = ["look", "survey", "white"]
 
-_READS = frozenset({"q", "k", "v", "o"})
+_READS = frozenset({"q", "k", "v", "o", "q_norm", "k_norm"})
 _LONGEST = 4096  # tokens of distance that are presumed at most
 
 
-def look(layer: AttentionLayer, moment: Tensor) -> tuple[Rows, Mixed]:
+def look(layer: AttentionLayer, moment: Tensor, norm: QkNorm | None) -> tuple[Rows, Mixed]:
     """A layer's projections, and its keys as components.
 
     Args:
-        layer: With q, k, v, o and ``rope``.
+        layer: With q, k, v, o, its norms and ``rope``.
         moment: [E', E'] second moment of [x; 1].
+        norm: Of its queries and keys.
     """
-    rows = rows_of(layer)
+    rows = rows_of(layer, norm)
     energy = query_energy(rows, moment)
+    if norm is not None:
+        energy = energy * mean_factors(layer, norm, moment)[:, None]
     members = energy.reshape(layer.geometry.kv_heads, layer.geometry.group, -1).sum(1)
     return rows, mixed(rows, moment, members)
 
@@ -87,7 +91,10 @@ def survey(
     for number, (layer, moment, seen) in enumerate(looks):
         if len(splits) > 1:
             scale = facts.scales[number]
-            shares = [_predicted(layer, moment, seen, sizes, scale) for sizes in splits]
+            shares = [
+                _predicted(layer, moment, seen, sizes, scale=scale, norm=facts.qk_norm)
+                for sizes in splits
+            ]
             lost += torch.tensor(shares, dtype=torch.float64)
         found.append(seen)
         progress(1)
@@ -105,38 +112,45 @@ def _measured(
             layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
             observed, stream = observe(facts, number, layer, decoder, stream)
             moment = second_moments([observed.inputs]).own[0]
-            yield layer, moment, attended(observed, look(layer, moment)[1])
+            yield layer, moment, attended(observed, look(layer, moment, facts.qk_norm)[1])
 
 
 def _presumed(
     checkpoint: Checkpoint, facts: ModelFacts
 ) -> Iterator[tuple[AttentionLayer, Tensor, Attended]]:
-    frequencies = torch.zeros(0)
-    if any(rope.dim for rope in facts.ropes):
-        frequencies = rope_table(facts, stock_config(facts)).short
-    for number in range(facts.layers):
+    norm = facts.qk_norm
+    stock = stock_config(facts) if any(rope.dim for rope in facts.ropes) else None
+    for number, rope in enumerate(facts.ropes):
+        frequencies = rope_table(facts, stock, number).short if rope.dim else torch.zeros(0)
         layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
         moment = white(facts.geometry.hidden)
-        rows, components = look(layer, moment)
+        rows, components = look(layer, moment, norm)
         seen = presumed(
             layer,
             rows,
             components,
             query_energy(rows, moment),
-            frequencies[: rows.planes],
+            frequencies,
             context=min(facts.context, _LONGEST),
+            factors=None if norm is None else mean_factors(layer, norm, moment),
         )
         yield layer, moment, seen
 
 
 def _predicted(
-    layer: AttentionLayer, moment: Tensor, seen: Attended, sizes: Sizes, scale: float
+    layer: AttentionLayer,
+    moment: Tensor,
+    seen: Attended,
+    sizes: Sizes,
+    *,
+    scale: float,
+    norm: QkNorm | None,
 ) -> float:
     """Share of its energy that a layer of given sizes loses, before refits."""
-    rows, components = look(layer, moment)
+    rows, components = look(layer, moment, norm)
     cut = lost_without_turn(seen)
     (kept,) = kept_components([cut], sizes.rope_dims // 2, "greedy", common=False)
-    spectrum = factored(
+    spectrum = (factored if norm is None else factored_whole)(
         still_keys(rows, components, seen.turn, kept, 1.0),
         rows.v,
         key_metric=seen.queries * scale**2,

@@ -3,7 +3,8 @@
 A layer of plain attention stores ``kv_heads * (head_dim + value_dim)`` numbers per token; a layer
 that reads the keys and values of another stores none (CLA, arXiv:2405.12981); a latent layer stores
 ``rank + rope_dim`` (MLA, arXiv:2405.04434 section 2.1), and the scales of its keys where these have
-a norm; a sliding-window layer stops growing at its window. Sizes are in bytes, decimal units (1 MB = 10**6 bytes).
+a norm; a sliding-window layer stops growing at its window. Sizes are in bytes, decimal units
+(1 MB = 10**6 bytes).
 """
 
 from __future__ import annotations

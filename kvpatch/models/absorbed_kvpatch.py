@@ -54,7 +54,7 @@ def absorbed_attention(
     if scores.dtype in {torch.float16, torch.bfloat16}:
         scores = scores.float()
     if key_scale is not None:
-        grouped = scores.unflatten(1, (key_scale.shape[1], -1))
+        grouped = scores.view(batch, key_scale.shape[1], -1, *scores.shape[2:])
         scores = (grouped * key_scale[:, :, None, None]).flatten(1, 2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

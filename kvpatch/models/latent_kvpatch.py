@@ -150,7 +150,7 @@ class LatentAttention(KVAttention):
             mask: As the attention function wants it.
             **kwargs: For the attention function.
         """
-        value, scale = value.split([self.rope_dim, self.scales], -1)
+        value, scale = value[..., : self.rope_dim], value[..., self.rope_dim :]
         if self._absorbs(query.shape[2], key.shape[2], mask):
             return self._absorbed(query, key, value, scale, mask)
         up = self.kv_b_proj(key.squeeze(1)).unflatten(-1, (-1, self.nope_dim + self.value_dim))

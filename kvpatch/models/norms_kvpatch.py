@@ -40,7 +40,7 @@ def key_scales(keys: Tensor, scales: int, *, epsilon: float, centred: bool) -> T
         epsilon: Of the norm, added to the mean of the squares.
         centred: Subtract the mean first, as LayerNorm does.
     """
-    parts = keys.unflatten(-1, (scales, -1)).float()
+    parts = keys.view(*keys.shape[:-1], scales, -1).float()
     if centred:
         parts = parts - parts.mean(-1, keepdim=True)
     return torch.rsqrt(parts.pow(2).mean(-1) + epsilon).to(keys.dtype)
@@ -48,6 +48,8 @@ def key_scales(keys: Tensor, scales: int, *, epsilon: float, centred: bool) -> T
 
 def norm_epsilon(norm: nn.Module) -> float:
     """Epsilon of a norm of transformers, or of the norms that it holds."""
-    names = ("variance_epsilon", "eps")
-    found = [getattr(part, name) for part in norm.modules() for name in names if hasattr(part, name)]
-    return float(found[0])
+    for part in norm.modules():
+        for name in ("variance_epsilon", "eps"):
+            if hasattr(part, name):
+                return float(getattr(part, name))
+    raise ValueError(f"{type(norm).__name__} has no epsilon under a name that is known")
