@@ -46,6 +46,10 @@ _LATENT = (
     "to the output projection's bias. The norm that the class has on the latent, if any, is made "
     "to do nothing."
 )
+_SCALES = (
+    "Queries and keys keep their norm exactly: the latent is that of keys without it, and the "
+    "factor that the norm comes to is cached for each token."
+)
 _GROUPS = {
     "adjacent": "Neighbouring heads are merged.",
     "similar": "Heads are merged with those that lose least energy together.",
@@ -125,7 +129,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "before_full": format_bytes(cache["bytes_at_context"][0]),
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
-        method=_method(recipe),
+        method=_method(recipe, scaled="key_scales" in cache.get("latent", {})),
         energy=_latent_energy(layers) if latent else _merged_energy(layers, recipe["merge"]),
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
@@ -154,10 +158,11 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
         what, no_place = "KV heads per layer", "this number of KV heads"
         return {"what": what, "before": before, "after": after, "no_place": no_place}
     sizes = cache["latent"]
+    scales = f", scales of keys {sizes['key_scales']}" if "key_scales" in sizes else ""
     return {
         "what": "cached in a layer",
         "before": f"{before} KV heads",
-        "after": f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}",
+        "after": f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}{scales}",
         "no_place": "latents",
     }
 
@@ -208,10 +213,12 @@ def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]
     return kind, f"from {before} to {after} KV heads per layer ({kind})"
 
 
-def _method(recipe: Mapping[str, Any]) -> list[str]:
+def _method(recipe: Mapping[str, Any], *, scaled: bool) -> list[str]:
     """What was done, in sentences."""
     shared, merge = recipe["method"] == "cla", recipe.get("merge")
     sentences = [_LATENT] if merge is None else [_MERGES[shared, merge]]
+    if scaled:
+        sentences.append(_SCALES)
     if merge == "svd" and "group" in recipe:
         sentences.append(_GROUPS[recipe["group"]])
     if merge == "svd" and shared:

@@ -192,15 +192,16 @@ def latent_method(
     sizes: Sizes, facts: ModelFacts, planes: Sequence[int], *, constants: bool
 ) -> Method:
     """The conversion of a layer as plan and engine see it; a ``Converting`` carries it out."""
+    normed = facts.qk_norm is not None
     return Method(
-        reads=frozenset({"q", "k", "v", "o", "q_norm", "k_norm"}),
+        reads=frozenset({"q", "k", "v", "o"} | ({"q_norm", "k_norm"} if normed else set())),
         outline=partial(
             _outline,
             sizes=sizes,
             planes=tuple(planes),
             scale=facts.scales[0],
             constants=constants,
-            normed=facts.qk_norm is not None,
+            normed=normed,
         ),
         convert=None,
         # rows and components in float64 and complex128, and squares of the hidden width

@@ -62,6 +62,8 @@ def _sizes(prepared: Prepared) -> dict[str, Any]:
     heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
     if isinstance(scheme.recipe, MlaRecipe):
         latent = {"rank": scheme.recipe.rank, "rope_dims": scheme.recipe.rope_dims}
+        scales = prepared.plan.facts.key_scales
+        latent |= {"key_scales": scales} if scales else {}
         return {"kv_heads": [heads, None], "latent": latent}
     return {"kv_heads": [heads, scheme.kv_heads]}
 

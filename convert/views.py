@@ -123,7 +123,13 @@ def _latent(prepared: Prepared) -> dict[str, Any] | None:
     notes = {}
     if target.name == "native":
         notes = server_notes(target.edit(prepared.checkpoint.config))
-    return {"rank": recipe.rank, "rope_dims": recipe.rope_dims, "servers": notes}
+    scales = prepared.plan.facts.key_scales
+    return {
+        "rank": recipe.rank,
+        "rope_dims": recipe.rope_dims,
+        **({"key_scales": scales} if scales else {}),
+        "servers": notes,
+    }
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
@@ -169,7 +175,8 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _sizes(latent: Mapping[str, Any]) -> str:
-    return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
+    sizes = f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
+    return f"{sizes}, scales of keys {latent['key_scales']}" if "key_scales" in latent else sizes
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

@@ -58,7 +58,7 @@ def latent_class(
     return dataclasses.replace(
         plain,
         edit=partial(_edit, edit=plain.edit, keys=keys),
-        reads=frozenset({"q", "k", "v", "o", "q_norm", "k_norm"}),
+        reads=frozenset({"q", "k", "v", "o"}),
         fold=partial(_fold, prefix=f"{plain.family.attention}.", nope_dim=nope_dim),
     )
 
