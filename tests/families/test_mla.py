@@ -23,6 +23,8 @@ from convert import convert, make_recipe
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import read_json
 from convert.facts import read_facts
+from convert.targets.dense_blocks import stock_config
+from convert.targets.rope_tables import rope_table
 from convert.verify import cache_bytes, verify_checkpoint
 from tests.families.stock import full_logits, load, make, random_ids
 from tests.families.texts import random_text, token_ids, write_tokenizer
@@ -331,6 +333,20 @@ def test_dynamic_rope_stays_with_a_class_of_ours(tmp_path: Path) -> None:
     result = _mla(model, tmp_path / "out", **_whole(model))
     assert _class(result) == "KvpatchLlamaForCausalLM"
     _assert_same(model, result)
+
+
+def test_layers_of_different_kinds_have_frequencies_of_their_own() -> None:
+    parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = {**settings("gemma3_text"), "rope_parameters": parameters}
+    model = make("gemma3_text", config)
+    facts = read_facts({**model.config.to_dict(), "model_type": "gemma3_text"})
+    stock = stock_config(facts)
+    for number, kind in enumerate(model.config.layer_types):
+        expected = getattr(model.model.rotary_emb, f"{kind}_inv_freq")
+        assert_close(rope_table(facts, stock, number).short, expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
