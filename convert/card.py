@@ -50,6 +50,11 @@ _SCALES = (
     "Queries and keys keep their norm exactly: the latent is that of keys without it, and the "
     "factor that the norm comes to is cached for each token."
 )
+_EXPORTED = (
+    "Then it was written for another class that computes the same: factors and constants moved "
+    "into other weights, and a norm on the latent was left out or made to do nothing."
+)
+_TRAINED = "Then its weights were changed, as by training."
 _GROUPS = {
     "adjacent": "Neighbouring heads are merged.",
     "similar": "Heads are merged with those that lose least energy together.",
@@ -96,8 +101,11 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 def render_card(manifest: Mapping[str, Any]) -> bytes:
     """README.md for the Hub: metadata, sizes, method, measured quality, how to load, recipe."""
     source, recipe, cache = manifest["source"], manifest["recipe"], manifest["kv_cache"]
-    latent, shared = recipe["method"] == "mla", recipe["method"] == "cla"
-    layers, architecture = manifest["layers"], manifest["architecture"]
+    exported, shared = recipe["method"] == "export", recipe["method"] == "cla"
+    latent = exported or recipe["method"] == "mla"
+    lineage = manifest.get("lineage", [])
+    origin = lineage[0]["source"] if lineage else source
+    architecture = manifest["architecture"]
     ours = architecture.startswith("Kvpatch")
     kinds = ["mla"] if latent else _merged_kinds(cache, shared=shared)
     metadata: dict[str, Any] = {
@@ -106,17 +114,21 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         "pipeline_tag": "text-generation",
         "tags": ["kvpatch", *kinds, "kv-cache"],
     }
-    if source["repository"]:
-        metadata |= {"base_model": source["repository"], "base_model_relation": "finetune"}
+    if origin["repository"]:
+        metadata |= {"base_model": origin["repository"], "base_model_relation": "finetune"}
     template = jinja2.Template(
         resources.files("convert").joinpath("templates/card.md.jinja").read_text("utf-8"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
     kind, change = _latent_kind(cache["latent"]) if latent else _kind(recipe, *cache["kv_heads"])
+    if exported:
+        change = (
+            f"from {source['architecture']} to {architecture}, which computes the same ({kind})"
+        )
     text: str = template.render(
         front_matter=yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True),
-        title=f"{source['name'].rpartition('/')[2]}, {kind}",
+        title=f"{origin['name'].rpartition('/')[2]}, {kind}",
         source=source,
         change=change,
         held=_held(cache),
@@ -129,8 +141,10 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "before_full": format_bytes(cache["bytes_at_context"][0]),
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
-        method=_method(recipe, scaled="key_scales" in cache.get("latent", {})),
-        energy=_latent_energy(layers) if latent else _merged_energy(layers, recipe["merge"]),
+        method=_history(lineage)
+        if exported
+        else _method(recipe, scaled="key_scales" in cache.get("latent", {})),
+        energy=_energy(manifest),
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
@@ -138,6 +152,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         architecture=architecture,
         ours=ours,
         carried=not ours and architecture != source["architecture"],
+        exported=exported,
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
@@ -159,10 +174,11 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
         return {"what": what, "before": before, "after": after, "no_place": no_place}
     sizes = cache["latent"]
     scales = f", scales of keys {sizes['key_scales']}" if "key_scales" in sizes else ""
+    latent = f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}{scales}"
     return {
         "what": "cached in a layer",
-        "before": f"{before} KV heads",
-        "after": f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}{scales}",
+        "before": latent if before is None else f"{before} KV heads",
+        "after": latent,
         "no_place": "latents",
     }
 
@@ -173,6 +189,17 @@ def _latent_kind(sizes: Mapping[str, int]) -> tuple[str, str]:
         f"to multi-head latent attention, with a latent of {sizes['rank']} and a rotary key of "
         f"{sizes['rope_dims']} dims per token and layer ({kind})"
     )
+
+
+def _energy(manifest: Mapping[str, Any]) -> str:
+    """What was lost, in a sentence; of an export, what was when its latents were made."""
+    recipe, layers = manifest["recipe"], manifest["layers"]
+    if recipe["method"] == "export":
+        made = (step for step in manifest["lineage"] if step["recipe"]["method"] == "mla")
+        return next((_latent_energy(step["layers"]) for step in made), "")
+    if recipe["method"] == "mla":
+        return _latent_energy(layers)
+    return _merged_energy(layers, recipe["merge"])
 
 
 def _latent_energy(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -226,6 +253,18 @@ def _method(recipe: Mapping[str, Any], *, scaled: bool) -> list[str]:
     if recipe["refit"] != "none":
         sentences.append(f"{_REFITS[recipe['refit']]}, by least squares on the calibration text.")
     return sentences
+
+
+def _history(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was done before an export, and the export, in sentences."""
+    if not lineage:
+        return ["How the source was made is not recorded.", _EXPORTED]
+    sentences = []
+    for step in lineage:
+        exported = step["recipe"]["method"] == "export"
+        sentences += [_EXPORTED] if exported else _method(step["recipe"])
+        sentences += [_TRAINED] * step["trained"]
+    return [*sentences, _EXPORTED]
 
 
 def _svd_percent(layers: Sequence[Mapping[str, Any]]) -> str | None:

@@ -12,7 +12,7 @@ from convert.latents import Planes, Sizes, latent_method, latent_target, refuse_
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
-from convert.recipe import ClaRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
+from convert.recipe import ClaRecipe, ExportRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
 from convert.targets import Target, targets_for
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache
@@ -41,6 +41,7 @@ class Scheme:
         kv_heads: KV heads of each layer afterwards; None where it has a latent.
         sources: For each layer the one whose keys and values it reads afterwards.
         cache: KV cache of the result.
+        before: KV cache of the source; None where it is that of its KV heads.
         warnings: What the user should know.
     """
 
@@ -51,6 +52,7 @@ class Scheme:
     sources: tuple[int, ...]
     cache: KVCache
     warnings: tuple[str, ...]
+    before: KVCache | None = None
 
     @property
     def result_keys(self) -> dict[str, Any]:
@@ -73,6 +75,8 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
     Raises:
         UsageError: If the model does not allow what the recipe asks for.
     """
+    if isinstance(recipe, ExportRecipe):
+        return recipe  # it leaves nothing open
     if facts.family.model_type.startswith(PREFIX):
         raise UsageError(
             f"this {facts.family.model_type} model is a conversion already",

@@ -80,7 +80,10 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "method": prepared.recipe.method,
         "merge": prepared.recipe.merge,
         "class": plan.target.architecture,
-        "kv_heads": [facts.geometry.kv_heads, prepared.scheme.kv_heads],
+        "kv_heads": [
+            facts.geometry.kv_heads if prepared.export is None else None,
+            prepared.scheme.kv_heads,
+        ],
         "latent": _latent(prepared),
         "kv_source_layers": list(plan.sources),
         "kv_bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
@@ -115,9 +118,16 @@ def _added(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
-    """Sizes of a conversion to latents, and which servers load it."""
+    """Sizes of the latents of a result, and which servers load it."""
     recipe = prepared.recipe
-    if not isinstance(recipe, MlaRecipe):
+    if prepared.export is not None:
+        geometry = prepared.export.source.geometry
+        rank, rope_dims = geometry.rank, geometry.rope_dim
+    elif isinstance(recipe, MlaRecipe):
+        assert recipe.rank is not None
+        assert recipe.rope_dims is not None
+        rank, rope_dims = recipe.rank, recipe.rope_dims
+    else:
         return None
     target = prepared.plan.target
     notes = {}
@@ -125,8 +135,8 @@ def _latent(prepared: Prepared) -> dict[str, Any] | None:
         notes = server_notes(target.edit(prepared.checkpoint.config))
     scales = prepared.plan.facts.key_scales
     return {
-        "rank": recipe.rank,
-        "rope_dims": recipe.rope_dims,
+        "rank": rank,
+        "rope_dims": rope_dims,
         **({"key_scales": scales} if scales else {}),
         "servers": notes,
     }
@@ -144,7 +154,11 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
         [
             ("KV heads per layer", str(heads[0]), str(heads[1]))
             if latent is None
-            else ("cached in a layer", f"{heads[0]} KV heads", _sizes(latent)),
+            else (
+                "cached in a layer",
+                _sizes(latent) if heads[0] is None else f"{heads[0]} KV heads",
+                _sizes(latent),
+            ),
             ("KV cache per token", format_bytes(token[0]), format_bytes(token[1])),
             (
                 f"KV cache of {data['context']:,} tokens",

@@ -54,6 +54,7 @@ def deepseek_class(
     inert: InertForm,
     dtype: str | None,
     largest: float | None,
+    query_bias: bool | None = None,
 ) -> Target | None:
     """The stock class for latent layers; None where there is a ``deepseek_problem``.
 
@@ -71,6 +72,7 @@ def deepseek_class(
         dtype: Dtype of the result; that of the source if None.
         largest: Largest Euclidean norm of a latent, as seen or bounded; None to bound it layer by
             layer from the weights.
+        query_bias: Whether queries have a bias; None if they do where the source's own have one.
 
     Raises:
         InputModelError: If transformers does not accept config.json.
@@ -79,6 +81,7 @@ def deepseek_class(
     if deepseek_problem(facts, planes) is not None:
         return None
     stock, block = stock_config(facts), BLOCKS[facts.family.model_type]
+    query_bias = block.query_bias(stock) if query_bias is None else query_bias
     table, eps = rope_table(facts, stock), float(stock.rms_norm_eps)
     # servers take rms_norm_eps for all norms; RMSNorm(a x; a^2 eps) is RMSNorm(x; eps)
     stream = math.sqrt(EPSILON / eps) if inert == "epsilon" and eps != EPSILON else 1.0
@@ -97,7 +100,7 @@ def deepseek_class(
         planes=tuple(planes),
         nope_dim=nope_dim,
         inert=inert,
-        query_latent=inert == "constant" and block.query_bias(stock),
+        query_latent=inert == "constant" and query_bias,
         dtype=getattr(torch, dtype or facts.dtype),
         largest=largest,
         rotary=table.attention_factor**2,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from convert.facts import ModelFacts
-from convert.layer import AttentionLayer, Geometry, LatentLayer
+from convert.layer import AttentionLayer, Geometry, LatentGeometry, LatentLayer
 from convert.targets.patched import patched_class
 from convert.targets.target import Target
 
-__all__ = ["latent_class", "pack_latent"]
+__all__ = ["latent_class", "latent_layer", "latent_shapes", "pack_latent", "unpack_latent"]
 
 
 def latent_class(
@@ -98,6 +98,111 @@ def pack_latent(layer: LatentLayer, prefix: str) -> dict[str, Tensor]:
             "k_proj.bias": _or_zeros(layer.k_bias, layer.k[..., 0]).flatten(),
         }
     return {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def latent_shapes(geometry: LatentGeometry) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that ``pack_latent`` makes of a layer with latents of its own."""
+    g = geometry
+    width = g.heads * (g.nope_dim + g.rope_dim)
+    return {
+        "q_proj.weight": (width, g.hidden),
+        "q_proj.bias": (width,),
+        "kv_a_proj_with_mqa.weight": (g.rank + g.rope_dim, g.hidden),
+        "kv_a_proj_with_mqa.bias": (g.rank + g.rope_dim,),
+        "kv_b_proj.weight": (g.heads * (g.nope_dim + g.value_dim), g.rank),
+        "o_proj.weight": (g.hidden, g.heads * g.value_dim),
+        "o_proj.bias": (g.hidden,),
+    }
+
+
+def unpack_latent(
+    tensors: Mapping[str, Tensor],
+    geometry: LatentGeometry,
+    prefix: str,
+    *,
+    planes: tuple[int, ...],
+    scale: float,
+) -> LatentLayer:
+    """The latent layer of a layer with latents of its own, in float64: undoes ``pack_latent``.
+
+    Args:
+        tensors: Those of ``latent_shapes``, by name.
+        geometry: Sizes.
+        prefix: What the names begin with.
+        planes: For each pair of its rotary key the RoPE plane of the source.
+        scale: Factor on the scores.
+    """
+    own = {name: tensors[prefix + name].double() for name in latent_shapes(geometry)}
+    down, bias = own["kv_a_proj_with_mqa.weight"], own["kv_a_proj_with_mqa.bias"]
+    return latent_layer(
+        geometry,
+        q=own["q_proj.weight"],
+        q_bias=own["q_proj.bias"],
+        latent=down[: geometry.rank],
+        latent_shift=bias[: geometry.rank],
+        k_rope=down[geometry.rank :],
+        k_rope_bias=bias[geometry.rank :],
+        up=own["kv_b_proj.weight"],
+        o=own["o_proj.weight"],
+        o_bias=own["o_proj.bias"],
+        planes=planes,
+        scale=scale,
+    )
+
+
+def latent_layer(
+    geometry: LatentGeometry,
+    *,
+    q: Tensor,
+    q_bias: Tensor | None,
+    latent: Tensor,
+    latent_shift: Tensor,
+    k_rope: Tensor,
+    k_rope_bias: Tensor | None,
+    up: Tensor,
+    o: Tensor,
+    o_bias: Tensor | None,
+    planes: tuple[int, ...],
+    scale: float,
+) -> LatentLayer:
+    """A latent layer of stacked heads and of a latent with a constant part.
+
+    The constant part adds the same to the keys of all tokens, which no softmax sees (without a
+    soft cap), and a constant to the values, whose weights sum to one: an output bias.
+
+    Args:
+        geometry: Sizes.
+        q: [H * (Dn + Dr), E].
+        q_bias: [H * (Dn + Dr)].
+        latent: [R, E].
+        latent_shift: [R'], R' >= R: the constant part; dims from R on have no other.
+        k_rope: [Dr, E].
+        k_rope_bias: [Dr].
+        up: [H * (Dn + Dv), R'], of each head the NoPE rows of its key first.
+        o: [E, H * Dv].
+        o_bias: [E].
+        planes: Plane of each rotary pair.
+        scale: Factor on the scores.
+    """
+    heads = geometry.heads
+    outputs = o.view(len(o), heads, -1)
+    stacked = up.view(heads, -1, up.shape[1])
+    k_up, v_up = stacked[:, : geometry.nope_dim], stacked[:, geometry.nope_dim :]
+    constant = torch.einsum("ehv,hv->e", outputs, v_up @ latent_shift)
+    return LatentLayer(
+        geometry=geometry,
+        q=q.view(heads, -1, q.shape[1]),
+        latent=latent,
+        k_rope=k_rope,
+        k_up=k_up[..., : geometry.rank],
+        v_up=v_up[..., : geometry.rank],
+        o=outputs,
+        q_bias=None if q_bias is None else q_bias.view(heads, -1),
+        k_rope_bias=k_rope_bias,
+        o_bias=constant if o_bias is None else o_bias + constant,
+        planes=planes,
+        scale=scale,
+    )
 
 
 def _edit(
