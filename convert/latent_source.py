@@ -6,6 +6,7 @@ They are the ``kvpatch_*`` classes and the stock models that this package writes
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,47 @@ from torch import Tensor
 from convert.checkpoint.reader import Checkpoint
 from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype
 from convert.layer import LatentGeometry, LatentLayer
+from convert.targets.deepseek import CLASSES
 from convert.targets.deepseek_read import StockForm, norm_inputs, read_stock, stock_shapes
+from convert.targets.dense_blocks import config_object
 from convert.targets.latent import latent_shapes, unpack_latent
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, latent_cache
-from kvpatch.models import PREFIX
+from kvpatch.models import PREFIX, class_names
 
 __all__ = ["LatentSource", "latent_source"]
 
-_STOCK = ("deepseek_v3", "youtu")
+# keys of a class of kvpatch that its stock class does not have
+_OURS = frozenset(
+    {
+        "auto_map",
+        "kv_lora_rank",
+        "kv_rope_planes",
+        "kv_source_layers",
+        "qk_nope_head_dim",
+        "v_head_dim",
+    }
+)
+# keys of a stock class with latents that mean the same in Llama's
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "initializer_range",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_dropout",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+)
+_STATED = ("dtype", "torch_dtype", "transformers_version")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,30 +140,21 @@ def latent_source(checkpoint: Checkpoint) -> LatentSource:
 
 def _ours(config: Mapping[str, Any]) -> LatentSource:
     """A model of a class of kvpatch."""
-    try:
-        ranks, planes = config["kv_lora_rank"], config["kv_rope_planes"]
-        nope_dim, value_dim = config["qk_nope_head_dim"], config["v_head_dim"]
-    except KeyError as key:
-        raise InputModelError(f"config.json has latents, but no {key}") from None
-    own = {"kv_lora_rank", "kv_rope_planes", "qk_nope_head_dim", "v_head_dim", "auto_map"}
-    stock = {key: value for key, value in config.items() if key not in own}
+    model_type = config["model_type"].removeprefix(PREFIX)
+    own = config_object(config, config["model_type"])
+    ranks, planes, sources = own.kv_lora_rank, own.kv_rope_planes, own.kv_source_layers
     facts = read_facts(
-        stock
-        | {
-            "model_type": config["model_type"].removeprefix(PREFIX),
-            "num_key_value_heads": config["num_attention_heads"],
-            "kv_source_layers": None,
-        }
+        {key: value for key, value in config.items() if key not in _OURS}
+        | {"model_type": model_type, "num_key_value_heads": own.num_attention_heads}
     )
     geometry = LatentGeometry(
         hidden=facts.geometry.hidden,
         heads=facts.geometry.heads,
         rank=ranks[0],
-        nope_dim=nope_dim,
+        nope_dim=own.qk_nope_head_dim,
         rope_dim=2 * len(planes[0]),
-        value_dim=value_dim,
+        value_dim=own.v_head_dim,
     )
-    sources = config.get("kv_source_layers")
     disagreements = {
         "its layers share latents": sources is not None and sources != list(range(facts.layers)),
         "its layers have latents of different ranks": len(set(ranks)) > 1,
@@ -139,8 +163,8 @@ def _ours(config: Mapping[str, Any]) -> LatentSource:
     prefix = f"{facts.family.attention}."
     shapes = {prefix + name: shape for name, shape in latent_shapes(geometry).items()}
     return LatentSource(
-        facts=_with_values(facts, value_dim),
-        architecture=config["architectures"][0],
+        facts=_with_values(facts, geometry.value_dim),
+        architecture=class_names(model_type)["AutoModelForCausalLM"],
         geometry=geometry,
         planes=tuple(planes[0]),
         cached_rank=geometry.rank,
@@ -157,56 +181,36 @@ def _ours(config: Mapping[str, Any]) -> LatentSource:
     )
 
 
-# of a stock model with latents; Llama's class has them, too, and gives them the same meaning
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "initializer_range",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_dropout",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_parameters",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-)
-
-
 def _stock(config: Mapping[str, Any]) -> LatentSource:
     """A model of a stock class, dense and with the positions that this package writes."""
-    _refuse_others(config)
-    biased, rope_dim = bool(config["attention_bias"]), config["qk_rope_head_dim"]
+    model_type = str(config.get("model_type"))
+    if model_type not in CLASSES:
+        raise _foreign(f"model_type {model_type!r} is not one of {', '.join(CLASSES)}")
+    own = config_object(config, model_type)
+    _refuse_others(own)
     facts = read_facts(
-        {
-            **{key: config[key] for key in _SHARED if key in config},
+        {key: getattr(own, key) for key in _SHARED}
+        | {key: config[key] for key in _STATED if key in config}
+        | {
             "model_type": "llama",
-            "num_key_value_heads": config["num_attention_heads"],
-            "head_dim": rope_dim,
+            "num_key_value_heads": own.num_attention_heads,
+            "head_dim": own.qk_rope_head_dim,
         }
     )
+    biased = bool(own.attention_bias)
     geometry = LatentGeometry(
         hidden=facts.geometry.hidden,
         heads=facts.geometry.heads,
-        rank=config["kv_lora_rank"] - biased,
-        nope_dim=config["qk_nope_head_dim"],
-        rope_dim=rope_dim,
-        value_dim=config["v_head_dim"],
+        rank=own.kv_lora_rank - biased,
+        nope_dim=own.qk_nope_head_dim,
+        rope_dim=own.qk_rope_head_dim,
+        value_dim=own.v_head_dim,
     )
-    form = StockForm(geometry=geometry, biased=biased, query_rank=config.get("q_lora_rank"))
-    shapes, planes = stock_shapes(form), tuple(range(rope_dim // 2))
+    form = StockForm(geometry=geometry, biased=biased, query_rank=own.q_lora_rank)
+    shapes, planes = stock_shapes(form), tuple(range(geometry.rope_dim // 2))
     return LatentSource(
         facts=_with_values(facts, geometry.value_dim),
-        architecture=config["architectures"][0],
+        architecture=CLASSES[model_type],
         geometry=geometry,
         planes=planes,
         cached_rank=form.cached_rank,
@@ -217,28 +221,27 @@ def _stock(config: Mapping[str, Any]) -> LatentSource:
     )
 
 
-def _refuse_others(config: Mapping[str, Any]) -> None:
-    """Refuse what this package never writes."""
-    rope = config.get("rope_parameters") or {}
-    layers = config.get("num_hidden_layers", 0)
-    experts = config.get("model_type") == "deepseek_v3"
+def _refuse_others(own: Any) -> None:
+    """Refuse a configuration that this package never writes."""
+    rope, dense = own.rope_parameters, getattr(own, "first_k_dense_replace", math.inf)
     problems = {
-        f"model_type {config.get('model_type')!r} is not one of {', '.join(_STOCK)}": (
-            config.get("model_type") not in _STOCK
-        ),
-        "it has experts": experts and config.get("first_k_dense_replace", 0) < layers,
-        "its rotary pairs are not neighbours": not config.get("rope_interleave", True),
-        f"its rotary positions are of kind {rope.get('rope_type')!r}": (
-            rope.get("rope_type") not in ("default", "longrope")
+        "it has experts": dense < own.num_hidden_layers,
+        "its rotary pairs are not neighbours": not own.rope_interleave,
+        f"its rotary positions are of kind {rope['rope_type']!r}": (
+            rope["rope_type"] not in ("default", "longrope")
             or rope.get("attention_factor", 1.0) != 1.0
         ),
     }
     found = next((problem for problem, holds in problems.items() if holds), None)
     if found is not None:
-        raise InputModelError(
-            f"this is no result of kvpatch mla: {found}",
-            hint="Export what kvpatch mla or kvpatch export wrote, trained or not.",
-        )
+        raise _foreign(found)
+
+
+def _foreign(problem: str) -> InputModelError:
+    return InputModelError(
+        f"this is no result of kvpatch mla: {problem}",
+        hint="Export what kvpatch mla or kvpatch export wrote, trained or not.",
+    )
 
 
 def _with_values(facts: ModelFacts, value_dim: int) -> ModelFacts:

@@ -24,12 +24,12 @@ from convert.targets.rope_tables import rope_keys, rope_problem, rope_table
 from convert.targets.target import Rewrite, Target, layer_and_rest
 from kvpatch.errors import InputModelError
 
-__all__ = ["Architecture", "deepseek_class", "deepseek_problem"]
+__all__ = ["CLASSES", "Architecture", "deepseek_class", "deepseek_problem"]
 
 Architecture = Literal["deepseek_v3", "youtu"]
 Fate = Rewrite | tuple[Rewrite, ...] | None
 
-_CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
+CLASSES: Mapping[str, str] = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
 _OLD_BUFFER = "self_attn.rotary_emb.inv_freq"  # in checkpoints of older transformers
 
 
@@ -87,7 +87,7 @@ def deepseek_class(
     stream = math.sqrt(EPSILON / eps) if inert == "epsilon" and eps != EPSILON else 1.0
     outside = _Outside(
         family=facts.family,
-        architecture=_CLASSES[arch],
+        architecture=CLASSES[arch],
         tied=facts.tied,
         embedding=block.embedding(stock) * stream,
         logits=block.logits(stock),
@@ -119,9 +119,9 @@ def deepseek_class(
     return Target(
         name="native",
         model_type=arch,
-        architecture=_CLASSES[arch],
-        family=Family(model_type=arch, architecture=_CLASSES[arch]),
-        edit=partial(_edit, keys={"model_type": arch, "architectures": [_CLASSES[arch]], **keys}),
+        architecture=CLASSES[arch],
+        family=Family(model_type=arch, architecture=CLASSES[arch]),
+        edit=partial(_edit, keys={"model_type": arch, "architectures": [CLASSES[arch]], **keys}),
         reads=frozenset({"q", "k", "v", "o"}),
         folds=(INPUT_NORM,),
         fold=partial(written, layout=layout),
