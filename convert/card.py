@@ -262,7 +262,7 @@ def _history(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
     sentences = []
     for step in lineage:
         exported = step["recipe"]["method"] == "export"
-        sentences += [_EXPORTED] if exported else _method(step["recipe"])
+        sentences += [_EXPORTED] if exported else _method(step["recipe"], scaled=False)
         sentences += [_TRAINED] * step["trained"]
     return [*sentences, _EXPORTED]
 

@@ -45,8 +45,8 @@ from kvpatch.models import source_files
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
 
 Progress = Callable[[str, int, int], None]
-# measured, GQA to a quarter of the heads: with 2 refits lose, with 4 they win on prose; on a text of
-# few made-up sentences they lose with 8 and win with 16
+# measured, GQA to a quarter of the heads: with 2 refits lose, with 4 they win on prose; on few
+# made-up sentences they lose with 8 and win with 16
 _TOKENS_PER_DIM = 8
 _INDEX = "model.safetensors.index.json"
 _CONFIG, _CARD = "config.json", "README.md"
