@@ -120,7 +120,7 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_native(source: LatentSource, recipe: ExportRecipe) -> None:
-    problem = source.problem or deepseek_problem(source.facts, source.planes)
+    problem = deepseek_problem(source.facts, source.planes) or source.problem
     if problem is not None:
         raise UsageError(
             f"--target native: no latent attention of transformers holds this "
