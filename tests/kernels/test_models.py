@@ -37,6 +37,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "ALiBi that bypasses": lambda folder: make("mpt", tiny.settings("mpt")),
     "GQA, CLA": lambda folder: converted("llama", deeper_model("llama"), 2, pairs("llama")),
     "MLA": lambda folder: latent_model("gemma2", deeper_model("gemma2"), folder),
+    "normed MLA": lambda folder: latent_model("qwen3", deeper_model("qwen3"), folder),
     "stock MLA": lambda folder: stock_latents.stock_model("youtu"),
 }
 
