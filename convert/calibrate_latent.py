@@ -117,8 +117,8 @@ class LatentChoice:
         results = {
             "rank": self.ranks[number],
             "rope_dims": 2 * int(kept.sum()),
-            "lost_energy_rope": _share(lost[~kept], attended.energy),
-            "lost_energy_latent": _share(found.spectrum[self.ranks[number] :], found.spectrum),
+            "lost_energy_rope": _share(float(lost[~kept].sum()), float(attended.energy.sum())),
+            "lost_energy_latent": _share(found.lost, found.energy),
         }
         form = latent_form if self.norm is None else normed_form
         converted = form(layer, rows, components, kept=kept, factored=found, scale=scale)
@@ -294,6 +294,5 @@ def _mapped(layer: LatentLayer, device: str) -> LatentLayer:
     return dataclasses.replace(layer, **fields)
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    total = float(whole.sum())
-    return max(0.0, float(part.sum())) / total if total > 0 else 0.0
+def _share(part: float, whole: float) -> float:
+    return max(0.0, part) / whole if whole > 0 else 0.0

@@ -150,17 +150,16 @@ def _predicted(
     rows, components = look(layer, moment, norm)
     cut = lost_without_turn(seen)
     (kept,) = kept_components([cut], sizes.rope_dims // 2, "greedy", common=False)
-    spectrum = (factored if norm is None else factored_whole)(
+    found = (factored if norm is None else factored_whole)(
         still_keys(rows, components, seen.turn, kept, 1.0),
         rows.v,
         key_metric=seen.queries * scale**2,
         value_gram=value_gram(layer, seen.values),
         moment=moment,
         rank=sizes.rank,
-    ).spectrum
+    )
     # a score is the real part of a complex product, half of its energy; it counts twice, since
     # refits repair less of a lost rotation than of a lost direction (measured: better splits)
     turning = float(cut[~kept].sum()) * scale**2
-    still = float(spectrum[sizes.rank :].sum())
-    whole = float(seen.energy.sum()) * scale**2 + float(spectrum.sum())
-    return (turning + still) / whole
+    whole = float(seen.energy.sum()) * scale**2 + found.energy
+    return (turning + found.lost) / whole

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, Geometry, LatentLayer, Rope
-from convert.methods.attention import Scoring, key_factors, keys, rotate, values
+from convert.methods.attention import (
+    Scoring,
+    key_factors,
+    keys,
+    logits,
+    project,
+    queries,
+    rotate,
+    values,
+)
 from convert.methods.fitting import Each, Observed, Shared
 from convert.methods.least_squares import solve, total
 from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
@@ -150,7 +160,11 @@ class _Fit:
         each: Each,
         seed: int,
     ) -> None:
-        self._start, self._observed, self._scoring = layer, observed, scoring
+        self._start, self._scoring = layer, scoring
+        # of the original, once for all the times that a head's scores are wanted
+        self._truth = observed.scoring
+        self._asked = queries(observed.layer, observed.scoring, observed.inputs)
+        self._read = keys(observed.layer, observed.scoring, observed.inputs)
         self._each, self._seed = each, seed
         nope = layer.geometry.nope_dim
         self._basis = basis_of(inputs, bias=layer.q_bias is not None)
@@ -206,50 +220,35 @@ class _Fit:
     def rotary_key(self) -> None:
         """Refit the projection of the rotary key for all heads that read it."""
         width, inputs = len(self._key_rows), self._key_basis.inputs
-        turn = self._scoring.turn
+        windows, turn, scale = range(len(inputs)), self._scoring.turn, self._scoring.scale
+        asked = rotate(project(self._rows[:, :width], None, self._basis.inputs), turn) * scale
 
-        def back(window: int, weighted: Tensor, query: Tensor) -> Tensor:
-            turned = (weighted.mT @ query[..., :width]).sum(0)
-            return rotate(turned, turn.conj()).mT @ inputs[window]
+        def back(head: int, errors: Callable[[Ruler, int], Tensor]) -> Tensor:
+            """From errors [1, T, T] of each window, what the key [N, T, Dr] is asked for."""
+            ruler = self._ruler(head)
+            return torch.stack([errors(ruler, n)[0].mT @ asked[n, head] for n in windows])
 
-        def summed(of: Callable[[int], Tensor]) -> Tensor:
+        def summed(errors: Callable[[int, Ruler, int], Tensor]) -> Tensor:
             parts: list[Tensor | None] = [None] * len(self._rows)
 
             def one(head: int) -> None:
-                parts[head] = of(head)
+                parts[head] = back(head, partial(errors, head))
 
             self._each(one, range(len(parts)))
-            return total(part for part in parts if part is not None)[None]
+            turned = rotate(total(part for part in parts if part is not None), turn.conj())
+            return (turned.flatten(0, 1).mT @ inputs.flatten(0, 1))[None]
 
-        def pulled(head: int) -> Tensor:
-            ruler = self._ruler(head)
-
-            def missing(window: int, query: Tensor) -> Tensor:
-                standing = query[..., width:] @ (self._latents[window] @ self._k_up[head].mT).mT
-                return ruler.pull[window] - ruler.measure(window, standing)
-
-            rows = ruler.reader.rows
-            return total(
-                back(n, missing(n, query), query)
-                for n, query in ((n, ruler.queries(n, rows)) for n in range(len(inputs)))
-            )
+        def missing(head: int, ruler: Ruler, window: int) -> Tensor:
+            still = self._basis.inputs[window] @ self._rows[head, width:].mT * scale
+            standing = still @ (self._latents[window] @ self._k_up[head].mT).mT
+            return ruler.pull[window] - ruler.measure(window, standing[None])
 
         def normal(rows: Tensor) -> Tensor:
-            def of(head: int) -> Tensor:
-                ruler = self._ruler(head)
-
-                def one(window: int) -> Tensor:
-                    query = ruler.queries(window, ruler.reader.rows)
-                    key = rotate(inputs[window] @ rows[0].mT, turn)
-                    scores = query[..., :width] @ key.mT
-                    return back(window, ruler.measure(window, scores), query)
-
-                return total(one(n) for n in range(len(inputs)))
-
-            return summed(of)
+            key = rotate(inputs @ rows[0].mT, turn).mT
+            return summed(lambda head, ruler, n: ruler.measure(n, asked[n, head, None] @ key[n]))
 
         self._key_rows = solve(
-            normal, summed(pulled), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
+            normal, summed(missing), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
         )[0]
 
     def _turned(self) -> Tensor:
@@ -257,8 +256,10 @@ class _Fit:
         return rotate(self._key_basis.inputs @ self._key_rows.mT, self._scoring.turn)
 
     def _ruler(self, head: int) -> Ruler:
-        rows, target = self._rows[head : head + 1], self._observed.scores([head])
-        return Ruler(Reader(self._basis, rows, target, self._scoring))
+        group = self._asked.shape[1] // self._read.shape[1]
+        read = self._read[:, head // group, None]
+        target = logits(self._asked[:, head, None], read, self._truth)
+        return Ruler(Reader(self._basis, self._rows[head : head + 1], target, self._scoring))
 
     def _fit_queries(self, ruler: Ruler, head: int, turned: Tensor) -> None:
         key = torch.cat([turned, self._latents @ self._k_up[head].mT], -1)
