@@ -84,12 +84,12 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
         importance = importance * _key_powers(window)
         query = projected_queries(layer, window.scoring, window.inputs[:, chosen])[0]
         parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1) @ rows.mT
-        power = parts.square().unflatten(1, (2, planes, count)).sum(1)
-        size = query[..., : 2 * planes].square().unflatten(-1, (planes, 2)).sum(-1)
+        power = parts.square().view(len(parts), 2, planes, count).sum(1)
+        size = query[..., : 2 * planes].square().reshape(*query.shape[:2], planes, 2).sum(-1)
         back = size * turn[chosen].conj()
         # what the chosen queries make of each token in each plane, before its components are told
         read = importance.mT @ torch.cat([size, back.real, back.imag], -1)
-        still, real, imaginary = read.split([planes] * 3, -1)
+        still, real, imaginary = torch.split(read, [planes] * 3, -1)
         spun = torch.complex(real, imaginary) * turn
         energy += torch.einsum("hsp,spn->hpn", still, power).double().cpu()
         turned += torch.complex(
