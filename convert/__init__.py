@@ -15,6 +15,7 @@ _HOMES = {
     "load_recipe": "recipe_file",
     "make_recipe": "recipe",
     "prepare": "pipeline",
+    "push_folder": "hub.push",
     "verify_checkpoint": "verify",
 }
 
@@ -25,6 +26,7 @@ __all__ = [
     "load_recipe",
     "make_recipe",
     "prepare",
+    "push_folder",
     "verify_checkpoint",
 ]
 

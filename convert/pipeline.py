@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from convert.choosing import choose_plan
 from convert.execute import execute
 from convert.exporting import Export, export_of, export_unit
 from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype, with_stored_names
-from convert.hub import Source, fetch_source, user_path
+from convert.hub import Source, opened_source, user_path
 from convert.loading import check_device
 from convert.methods import Converted
 from convert.plan import Plan, make_plan
@@ -80,7 +80,7 @@ def prepare(
     """Open the source of a recipe and plan its conversion.
 
     Reads headers only, unless something is to be chosen by what it loses: layers that share, or a
-    split of a budget.
+    split of a budget. If nothing is and no conversion follows, weights on the Hub stay there.
 
     Args:
         recipe: What to convert, how and where to.
@@ -90,10 +90,19 @@ def prepare(
     Raises:
         KvpatchError: For everything that is wrong with recipe or source.
     """
-    source = fetch_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
-    if to_write and recipe.output is not None:
-        check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
-    with Checkpoint(source.path, allow_pickle=recipe.allow_pickle) as checkpoint:
+    pickle = recipe.allow_pickle
+    with ExitStack() as stack:
+        found = opened_source(
+            recipe.source,
+            revision=recipe.revision,
+            allow_pickle=pickle,
+            whole=to_write or not recipe.planned_from_headers,
+        )
+        source = stack.enter_context(found)
+        if to_write and recipe.output is not None:
+            check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+        opened = Checkpoint(source.path, allow_pickle=pickle, sizes=source.sizes)
+        checkpoint = stack.enter_context(opened)
         export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)

@@ -83,6 +83,11 @@ class _Conversion(BaseModel):
     allow_pickle: bool = Field(False, description="Read .bin weights, without running their code.")
     allow_nonfinite: bool = Field(False, description="Copy weights that hold NaN or infinity.")
 
+    @property
+    def planned_from_headers(self) -> bool:
+        """Whether the plan needs the shapes of the weights alone, and not what is in them."""
+        return True
+
 
 class _Calibrated(_Conversion):
     """Keys of conversions that can be calibrated on a text."""
@@ -183,6 +188,11 @@ class ClaRecipe(_Merging):
     )
 
     @property
+    def planned_from_headers(self) -> bool:
+        """Which layers share may depend on what they would lose."""
+        return self.layers != "auto"
+
+    @property
     def group(self) -> Group | None:
         """Which heads are merged: matched ones with merge svd, else those at the same place."""
         return "similar" if self.merge == "svd" and self.match else "adjacent"
@@ -210,6 +220,11 @@ class MlaRecipe(_Calibrated):
     target: TargetName | None = TARGET
     arch: Architecture = "deepseek_v3"
     serving: Serving = False
+
+    @property
+    def planned_from_headers(self) -> bool:
+        """How a share of the cache is split depends on what each split would lose."""
+        return self.kv_budget is None or isinstance(parse_budget(self.kv_budget), tuple)
 
     @property
     def kv_heads(self) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from convert.checkpoint.manifest import read_manifest
-from convert.checkpoint.paths import guarded_path
+from convert.checkpoint.manifest import changed_files, read_manifest
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts, check_shapes, has_latents, read_facts
@@ -105,23 +103,11 @@ class _SkippedError(Exception):
 def _hashes(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         raise _SkippedError(f"no {MANIFEST}: not made by kvpatch")
-    files: Mapping[str, Any] = read_manifest(folder)["files"]
-    wrong = []
-    for name, record in files.items():
-        path = guarded_path(folder, name)
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != record["size"]:
-            wrong.append(f"{name} has {path.stat().st_size:,} bytes, expected {record['size']:,}")
-        else:
-            with path.open("rb") as stream:
-                if file_digest(stream, "sha256").hexdigest() != record["sha256"]:
-                    wrong.append(f"{name} has another sha256")
-    stray = {p.name for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"}} - set(files)
-    wrong += [f"{name} was not written by the conversion" for name in sorted(stray)]
-    if wrong:
-        raise VerificationError("; ".join(wrong))
-    return f"{len(files)} files as recorded"
+    manifest = read_manifest(folder)
+    changes = changed_files(folder, manifest)
+    if changes:
+        raise VerificationError("; ".join(changes))
+    return f"{len(manifest['files'])} files as recorded"
 
 
 def _shapes(folder: Path) -> str:

@@ -6,10 +6,12 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import read_json
 from convert.checkpoint.staging import MANIFEST
 from convert.checkpoint.writer import FileRecord, write_file
@@ -18,6 +20,7 @@ from kvpatch.errors import InputModelError
 
 __all__ = [
     "FORMAT_VERSION",
+    "changed_files",
     "encode_manifest",
     "read_manifest",
     "rewrite_manifest",
@@ -81,3 +84,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             hint="Use the kvpatch version named in it.",
         )
     return manifest
+
+
+def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What in a folder is not as its manifest says, file by file; nothing if all is.
+
+    Raises:
+        InputModelError: If the manifest names a file outside the folder.
+    """
+    files: Mapping[str, Any] = manifest["files"]
+    changes = []
+    for name, record in files.items():
+        path = guarded_path(folder, name)
+        if not path.is_file():
+            changes.append(f"{name} is missing")
+        elif path.stat().st_size != record["size"]:
+            size = path.stat().st_size
+            changes.append(f"{name} has {size:,} bytes, expected {record['size']:,}")
+        else:
+            with path.open("rb") as stream:
+                if file_digest(stream, "sha256").hexdigest() != record["sha256"]:
+                    changes.append(f"{name} has another sha256")
+    stray = {p.name for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"}} - set(files)
+    return changes + [f"{name} was not written by the conversion" for name in sorted(stray)]

@@ -57,13 +57,22 @@ class Checkpoint:
     Args:
         root: The folder.
         allow_pickle: Read ``.bin`` files too, with ``weights_only``.
+        sizes: Bytes of each weight file, where only its header is there: tensors have shapes
+            and places, but cannot be read.
 
     Raises:
         InputModelError: For any damage or contradiction in what is there.
     """
 
-    def __init__(self, root: Path, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        allow_pickle: bool = False,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         self.root = root
+        self._sizes = sizes or {}
         self.config = _read_config(root)
         self.warnings: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
@@ -150,7 +159,10 @@ class Checkpoint:
 
     def _open_shards(self, weight_map: Mapping[str, str] | None) -> None:
         for name, path in self.paths.items():
-            infos = (read_pickle if name.endswith(".bin") else read_header)(path, name)
+            if name.endswith(".bin"):
+                infos = read_pickle(path, name)
+            else:
+                infos = read_header(path, name, self._sizes.get(name))
             for info in infos:
                 if weight_map is not None and weight_map.get(info.name) != name:
                     self.warnings.append(
@@ -170,6 +182,7 @@ class Checkpoint:
             raise InputModelError(f"{self.root} holds no tensors")
 
     def _fill(self, file: str, offset: int, target: memoryview) -> None:
+        assert file not in self._sizes, f"only the header of {file} is here"
         if file not in self._descriptors:
             with _read_errors(file):
                 self._descriptors[file] = os.open(self.paths[file], os.O_RDONLY)

@@ -25,6 +25,7 @@ __all__ = [
     "check_magic",
     "dtype_name",
     "encode_header",
+    "header_bytes",
     "read_header",
     "tensor_bytes",
     "unique_json",
@@ -114,17 +115,34 @@ def unique_json(text: str | bytes, where: str) -> Any:
         raise InputModelError(f"{where} is not valid JSON: {error}") from error
 
 
-def read_header(path: Path, file: str) -> list[TensorInfo]:
+def header_bytes(stream: BinaryIO, size: int, file: str) -> bytes:
+    """The beginning of a safetensors file up to its data.
+
+    Args:
+        stream: The file, at its first byte.
+        size: Bytes of the whole file.
+        file: Its name inside the checkpoint, for messages.
+
+    Raises:
+        InputModelError: If the file is truncated or not safetensors.
+    """
+    start = _check_prefix(stream, size, file)
+    stream.seek(0)
+    return stream.read(start)
+
+
+def read_header(path: Path, file: str, size: int | None = None) -> list[TensorInfo]:
     """Tensors of one safetensors file, in the order of their data.
 
     Args:
         path: The file.
         file: Its name inside the checkpoint, for messages and for the result.
+        size: Bytes of the whole file, where only its header is at ``path``.
 
     Raises:
         InputModelError: If the file is truncated, not safetensors, or inconsistent.
     """
-    size = path.stat().st_size
+    size = path.stat().st_size if size is None else size
     with path.open("rb") as stream:
         start = _check_prefix(stream, size, file)
         header = unique_json(stream.read(start - 8), f"{file}: header")

@@ -15,6 +15,12 @@ from kvpatch.errors import KvpatchError, Terminated, UsageError
 
 __all__ = ["app", "command"]
 
+_KEPT = "Finished shards are kept; run the same command again to continue."
+_AFTER_INTERRUPT = {
+    **dict.fromkeys(("gqa", "mqa", "cla", "mla", "export", "run"), _KEPT),
+    "push": "What was uploaded is kept and not published; run the same command again to continue.",
+}
+
 app = typer.Typer(
     name="kvpatch",
     help="Convert pretrained attention checkpoints to a smaller KV cache.",
@@ -37,9 +43,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as interrupt:
             terminated = isinstance(interrupt, Terminated)
             what = "terminated" if terminated else "interrupted"
-            hint = None
-            if function.__name__ in {"gqa", "mqa", "cla", "mla", "export", "run"}:
-                hint = "Finished shards are kept; run the same command again to continue."
+            hint = _AFTER_INTERRUPT.get(function.__name__)
             raise typer.Exit(_report(what, hint, 143 if terminated else 130, debug)) from None
         except BrokenPipeError:  # the reader of stdout went away, as `| head` does
             raise typer.Exit(0) from None

@@ -1,24 +1,28 @@
-"""Sources: a local folder, or a repository on the Hub. The only module that uses the network."""
+"""Sources: a local folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from convert.checkpoint.paths import hub_snapshot
+from convert.checkpoint.safetensors_header import header_bytes
 from convert.checkpoint.sidecars import DOWNLOADED, NOT_DOWNLOADED
-from kvpatch.errors import InputModelError, NetworkError, UsageError
+from convert.hub.client import hub_errors, quiet_client
+from kvpatch.errors import InputModelError, UsageError
 
-__all__ = ["Source", "fetch_config", "fetch_source", "user_path"]
+__all__ = ["REPOSITORY", "Source", "fetch_config", "fetch_source", "opened_source", "user_path"]
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_CLIENTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests"})
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLED = ("*.bin", "*.bin.index.json")
+_WEIGHTS = ".safetensors"
+_FIRST_BYTES = 1 << 17  # of a weight file; most headers are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,14 @@ class Source:
         name: Repository name, or name of the folder; never an absolute path.
         repository: ``org/name`` if it comes from the Hub.
         revision: Commit if it comes from the Hub.
+        sizes: Bytes of each weight file, where only the headers of these are in the folder.
     """
 
     path: Path
     name: str
     repository: str | None = None
     revision: str | None = None
+    sizes: Mapping[str, int] | None = None
 
 
 def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool = False) -> Source:
@@ -57,23 +63,36 @@ def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool =
     local, repository, revision = _parse(text, revision)
     if local is not None:
         return local
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-    with _hub_errors(repository, revision):
+    with hub_errors(repository, revision):
         files = _files(repository, revision)
         patterns = list(DOWNLOADED)
-        if files and not any(file.endswith(".safetensors") for file in files) and allow_pickle:
+        if files and not any(file.endswith(_WEIGHTS) for file in files) and allow_pickle:
             patterns += _PICKLED
-        with _bars_on_terminals_only():
-            path = Path(
-                snapshot_download(
-                    repository,
-                    revision=revision,
-                    allow_patterns=patterns,
-                    ignore_patterns=list(NOT_DOWNLOADED),
-                )
-            )
+        path = _snapshot(repository, revision, patterns, NOT_DOWNLOADED)
     return Source(path, repository, repository, path.name)
+
+
+@contextmanager
+def opened_source(
+    text: str, *, revision: str | None = None, allow_pickle: bool = False, whole: bool = True
+) -> Iterator[Source]:
+    """As ``fetch_source``; unless ``whole``, weights are not downloaded, only their headers.
+
+    These are read by ranged requests and kept while the context lasts. What has no headers of its
+    own (pickled weights), and what is asked for without network, is fetched whole.
+    """
+    local, repository, at = _parse(text, revision)
+    names: list[str] = []
+    if local is None and not whole:
+        with hub_errors(repository, at):
+            names = [name for name in _files(repository, at) if name.endswith(_WEIGHTS)]
+    if not names:
+        yield local or fetch_source(text, revision=revision, allow_pickle=allow_pickle)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvpatch-headers-") as folder:
+        with hub_errors(repository, at):
+            source = _with_headers(repository, at, Path(folder) / "model")
+        yield source
 
 
 def fetch_config(text: str, *, revision: str | None = None) -> Source:
@@ -83,29 +102,10 @@ def fetch_config(text: str, *, revision: str | None = None) -> Source:
         return local
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
 
-    with _hub_errors(repository, revision):
+    with hub_errors(repository, revision):
         _files(repository, revision)
         file = Path(hf_hub_download(repository, "config.json", revision=revision))
     return Source(file.parent, repository, repository, file.parent.name)
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep the Hub's progress bars out of logs, as ours are."""
-    from huggingface_hub.utils.tqdm import (  # noqa: PLC0415
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def user_path(text: str) -> Path:
@@ -134,11 +134,52 @@ def _parse(text: str, revision: str | None) -> tuple[Source | None, str, str | N
     repository, at, tail = text.partition("@")
     if at and revision is not None:
         raise UsageError(f"both {text} and --revision {revision} name a revision; give one")
-    if path.exists() or not _REPOSITORY.fullmatch(repository) or text.startswith((".", "/", "~")):
+    if path.exists() or not REPOSITORY.fullmatch(repository) or text.startswith((".", "/", "~")):
         raise InputModelError(
             f"{text} is neither a folder nor a repository of the form org/name[@revision]"
         )
     return None, repository, tail or revision
+
+
+def _snapshot(
+    repository: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str]
+) -> Path:
+    """Folder in the cache, named by the commit, with the files of these patterns."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    with quiet_client():
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
+            )
+        )
+
+
+def _with_headers(repository: str, revision: str | None, folder: Path) -> Source:
+    """A copy of the small files of a repository, and the headers of its weights beside them."""
+    from huggingface_hub import HfApi, HfFileSystem, RepoFile  # noqa: PLC0415
+
+    snapshot = _snapshot(repository, revision, DOWNLOADED, (*NOT_DOWNLOADED, f"*{_WEIGHTS}"))
+    commit = snapshot.name
+    sizes = {
+        file.path: file.size
+        for file in HfApi().list_repo_tree(repository, revision=commit)
+        if isinstance(file, RepoFile)
+        and file.path.endswith(_WEIGHTS)
+        and not any(fnmatch(file.path, pattern) for pattern in NOT_DOWNLOADED)
+    }
+    if all((snapshot / name).is_file() for name in sizes):
+        return Source(snapshot, repository, repository, commit)
+    shutil.copytree(snapshot, folder, ignore=shutil.ignore_patterns(f"*{_WEIGHTS}"))
+    remote = HfFileSystem()
+    for name, size in sizes.items():
+        path = f"{repository}/{name}"
+        with remote.open(path, revision=commit, block_size=_FIRST_BYTES) as stream:
+            (folder / name).write_bytes(header_bytes(stream, size, name))
+    return Source(folder, repository, repository, commit, sizes)
 
 
 def _files(repository: str, revision: str | None) -> list[str]:
@@ -152,54 +193,3 @@ def _files(repository: str, revision: str | None) -> list[str]:
         return []
     info = HfApi().model_info(repository, revision=revision)
     return [sibling.rfilename for sibling in info.siblings or []]
-
-
-@contextmanager
-def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn every way in which the Hub can fail into one line with a next step."""
-    from huggingface_hub import errors  # noqa: PLC0415
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise NetworkError(
-            f"{repository} is gated",
-            hint=f"Accept its terms at https://huggingface.co/{repository}, then `hf auth login`.",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NetworkError(
-            f"the Hub has no model {repository}, or it is private",
-            hint="Check the name; for a private model run `hf auth login`.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NetworkError(
-            f"{repository} has no revision {revision or 'main'!r}",
-            hint=f"Its branches and tags are at https://huggingface.co/{repository}/tree/main.",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise NetworkError(
-                f"{repository} is not in the local cache, and the Hub cannot be reached",
-                hint=_offline_hint(),
-            ) from error
-        raise InputModelError(f"{repository} has no config.json at {revision or 'main'}") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "no status")
-        hint = "Wait a while and run again; finished downloads are kept."
-        if status in {401, 403}:
-            hint = "Check your access token: run `hf auth login`."
-        raise NetworkError(f"the Hub answered {status} for {repository}", hint=hint) from error
-    except Exception as error:
-        # HTTP clients differ between versions of huggingface_hub, and so do their errors
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
-            raise
-        raise NetworkError(
-            f"the Hub cannot be reached for {repository}: {type(error).__name__}",
-            hint=_offline_hint(),
-        ) from error
-
-
-def _offline_hint() -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}:
-        return "HF_HUB_OFFLINE is set; unset it, or download the model first."
-    return "Check the network connection, or use a local folder."
