@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -140,21 +141,21 @@ def _offline_hint() -> str:
 @contextmanager
 def quiet_client() -> Iterator[None]:
     """Keep the client's log out of ours, and its progress bars off where ours are."""
-    from huggingface_hub.utils import logging  # noqa: PLC0415
+    from huggingface_hub.utils import logging as client_log  # noqa: PLC0415
     from huggingface_hub.utils.tqdm import (  # noqa: PLC0415
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    level, bars = client_log.get_verbosity(), not are_progress_bars_disabled()
     hide = bars and not sys.stderr.isatty()
-    logging.set_verbosity(logging.ERROR)
+    client_log.set_verbosity(logging.ERROR)
     if hide:
         disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        client_log.set_verbosity(level)
         if hide:
             enable_progress_bars()

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load
 
+from tests.faults.hub_client import TOKEN, Client
 from tests.faults.hub_server import Answer, Hub, Request, serve
-from tests.faults.running import Run, cli, contents, gqa, run_child
+from tests.faults.running import Run, cli, contents, gqa
 from tests.faults.small_llama import write_llama
 
 REPOSITORY = "someone/small-llama"
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
-TOKEN = "hf_" + "NeverToBeSeen" * 3
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -44,29 +43,6 @@ def hub(folders: dict[str, Path]) -> Iterator[Hub]:
     refs = {"main": NEW, "v1": OLD, "refs/pr/1": OLD}
     with serve(Hub(REPOSITORY, commits, refs)) as served:
         yield served
-
-
-def _without_waiting() -> None:
-    time.sleep = lambda seconds: None
-
-
-class Client:
-    """The command line with a cache of its own, set up to talk to one server."""
-
-    def __init__(self, url: str, home: Path) -> None:
-        self.cache = home / "hub"
-        self._environment = {
-            "HF_ENDPOINT": url,
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": None,
-            "HF_TOKEN": None,
-            "HF_HUB_OFFLINE": "0",
-            "TRANSFORMERS_OFFLINE": None,
-            "NO_PROXY": "*",
-        }
-
-    def __call__(self, arguments: list[str], **environment: str) -> Run:
-        return run_child(arguments, _without_waiting, environment=self._environment | environment)
 
 
 @pytest.fixture
