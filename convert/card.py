@@ -116,6 +116,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
     }
     if origin["repository"]:
         metadata |= {"base_model": origin["repository"], "base_model_relation": "finetune"}
+    metadata |= _datasets(metadata.get("datasets", []), manifest["calibration"])
     template = jinja2.Template(
         resources.files("convert").joinpath("templates/card.md.jinja").read_text("utf-8"),
         undefined=jinja2.StrictUndefined,
@@ -156,6 +157,16 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
+
+
+def _datasets(
+    inherited: str | Sequence[str], calibration: Mapping[str, Any] | None
+) -> dict[str, list[str]]:
+    """The source's datasets, and that of the calibration if it is known to be one of the Hub."""
+    known = [inherited] if isinstance(inherited, str) else list(inherited)
+    found = (calibration or {}).get("dataset")
+    known += [found] if found is not None and found not in known else []
+    return {"datasets": known} if known else {}
 
 
 def _merged_kinds(cache: Mapping[str, Any], *, shared: bool) -> list[str]:

@@ -261,6 +261,11 @@ class ExportRecipe(_Conversion):
     serving: Serving = False
 
     @property
+    def planned_from_headers(self) -> bool:
+        """What the target can hold depends on biases and norms."""
+        return False
+
+    @property
     def kv_heads(self) -> None:
         """A latent has no heads."""
         return

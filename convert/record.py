@@ -104,6 +104,7 @@ def _text(windows: Windows) -> dict[str, Any]:
     return {
         "text": windows.text,
         "text_sha256": windows.text_sha256,
+        **({"dataset": windows.dataset} if windows.dataset else {}),
         "tokens_sha256": windows.tokens_sha256,
         "samples": count,
         "context": context,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from convert.checkpoint.paths import hub_dataset
 from convert.loading import load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, UsageError
 
@@ -30,12 +31,14 @@ class Windows:
         text: File name.
         text_sha256: Hash of the file.
         tokens_sha256: Hash of the token ids.
+        dataset: The dataset on the Hub that the file is of, where that is known.
     """
 
     tokens: Tensor
     text: str
     text_sha256: str
     tokens_sha256: str
+    dataset: str | None = None
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -89,7 +92,7 @@ def windows_from(folder: Path, path: Path, *, samples: int, context: int, seed: 
     with path.open("rb") as stream:
         text_hash = hashlib.file_digest(stream, "sha256").hexdigest()
     token_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Windows(tokens, path.name, text_hash, token_hash)
+    return Windows(tokens, path.name, text_hash, token_hash, hub_dataset(path))
 
 
 def _limited(documents: Iterator[str]) -> Iterator[str]:

@@ -260,3 +260,49 @@ def test_a_measurement_on_the_calibration_text_is_not_saved(
     assert _eval(out, valid)[0] == 0
     saved = json.loads((out / "kvpatch.json").read_text())["evaluations"]
     assert [evaluation["text"] for evaluation in saved] == ["valid.txt"]
+
+
+@pytest.mark.parametrize(
+    ("inherited", "calibrated", "listed"),
+    [
+        ({}, None, None),
+        ({"datasets": "org/pretraining"}, None, ["org/pretraining"]),
+        ({"datasets": ["org/a", "org/b"]}, "org/texts", ["org/a", "org/b", "org/texts"]),
+        ({"datasets": ["org/texts"]}, "org/texts", ["org/texts"]),
+        ({}, "org/texts", ["org/texts"]),
+    ],
+)
+def test_datasets_are_those_of_the_source_and_of_the_calibration(
+    inherited: dict[str, Any], calibrated: str | None, listed: list[str] | None
+) -> None:
+    source = {**manifest()["source"], "metadata": inherited}
+    calibration = {**CALIBRATION, **({"dataset": calibrated} if calibrated else {})}
+    text = card(manifest(source=source, calibration=calibration))
+    assert front_matter(text).get("datasets") == listed
+
+
+def test_a_calibration_text_in_the_cache_of_the_hub_names_its_dataset(
+    tmp_path: Path, demo_model: Path
+) -> None:
+    cache = tmp_path / "datasets--org--texts"
+    text = cache / "snapshots" / ("a" * 40) / "data" / "train.txt"
+    blob = cache / "blobs" / "b1"
+    for path in (text, blob):
+        path.parent.mkdir(parents=True)
+    blob.write_text("The first of many short sentences. " * 400)
+    text.symlink_to(blob)
+    made = make_recipe(
+        {
+            "method": "gqa",
+            "kv_heads": 2,
+            "merge": "svd",
+            "source": str(demo_model),
+            "output": str(tmp_path / "out"),
+            "calibration": str(text),
+            "samples": 4,
+            "context": 32,
+        }
+    )
+    out = convert(made)
+    assert json.loads((out / "kvpatch.json").read_text())["calibration"]["dataset"] == "org/texts"
+    assert "org/texts" in front_matter((out / "README.md").read_text())["datasets"]

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from kvpatch.errors import InputModelError
 
-__all__ = ["guarded_path", "hub_blob_sha256", "hub_snapshot"]
+__all__ = ["guarded_path", "hub_blob_sha256", "hub_dataset", "hub_snapshot"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,6 +61,14 @@ def hub_snapshot(root: Path) -> tuple[str, str] | None:
     if not _COMMIT.fullmatch(root.name):
         return None
     return repo.removeprefix("models--").replace("--", "/"), root.name
+
+
+def hub_dataset(path: Path) -> str | None:
+    """The dataset that a file of the Hub's cache is of, ``datasets--org--name/snapshots/...``."""
+    for folder in path.absolute().parents:  # not resolved: that leads to the blobs
+        if folder.name == "snapshots" and folder.parent.name.startswith("datasets--"):
+            return folder.parent.name.removeprefix("datasets--").replace("--", "/")
+    return None
 
 
 def hub_blob_sha256(path: Path) -> str | None:

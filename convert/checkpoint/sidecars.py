@@ -42,6 +42,8 @@ DOWNLOADED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "README.md",
+    "kvpatch.json",
+    "*_kvpatch.py",
     *SIDE_FILES,
     "*LICENSE*",  # the Hub's patterns tell cases apart
     "*LICENCE*",

@@ -77,6 +77,16 @@ def test_what_is_there_is_not_pushed_again(client: Client, hub: WritableHub, res
     assert {request.method for request in hub.requests} == {"GET"}
 
 
+def test_what_was_pushed_is_verified_from_the_hub(
+    client: Client, hub: WritableHub, result: Path
+) -> None:
+    assert push(client, result).code == 0
+    run = client(["verify", REPOSITORY, "--files-only", "--json"], HF_TOKEN=TOKEN)
+    assert run.code == 0, run.err
+    hashes = json.loads(run.out)["checks"][0]
+    assert (hashes["name"], hashes["status"]) == ("hashes", "ok")
+
+
 def test_weights_of_an_earlier_push_go_and_other_files_stay(
     client: Client, hub: WritableHub, result: Path
 ) -> None:
