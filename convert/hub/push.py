@@ -218,7 +218,7 @@ def _bring(push: _Push, author: str, progress: Progress | None) -> tuple[int | N
             hint = f"Nothing was published. Look at {place}, close it, and push again."
             _check(push, f"refs/pr/{number}", main, hint=hint)
         push.publish(number)
-        _check(push, push.branch, base, hint="Somebody else changes this branch; push again.")
+        _check(push, push.branch, None, hint="Somebody else changes this branch; push again.")
     return number, uploaded
 
 
@@ -310,8 +310,14 @@ def _upload(
     return number, len(missing)
 
 
-def _check(push: _Push, revision: str, base: Tree, *, hint: str) -> None:
+def _check(push: _Push, revision: str, base: Tree | None, *, hint: str) -> None:
     """Hold what the Hub says of every file against the manifest.
+
+    Args:
+        push: What it should hold.
+        revision: Where.
+        base: What was there before, if nothing else may have come since.
+        hint: What to do if something is wrong.
 
     Raises:
         VerificationError: If a file of ours is absent or differs, or another came with it.
@@ -322,7 +328,7 @@ def _check(push: _Push, revision: str, base: Tree, *, hint: str) -> None:
     wrong += [
         f"{name} is none of ours"
         for name in sorted(tree.keys() - push.files.keys())
-        if name not in base or base[name].blob_id != tree[name].blob_id
+        if base is not None and (name not in base or base[name].blob_id != tree[name].blob_id)
     ]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.safetensors_header import header_bytes
+from convert.recipe import make_recipe
 from tests.faults.hub_client import Client
 from tests.faults.hub_server import Hub, serve
 from tests.faults.running import Run, cli, contents, gqa
@@ -86,6 +89,39 @@ def test_what_is_chosen_by_its_loss_needs_the_weights(
     local = _plan(cli(["cla", str(folder), *flags]))
     assert plan["kv_source_layers"] == local["kv_source_layers"]
     assert _weights_sent(hub) == {p.name: p.stat().st_size for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "alone"),
+    [
+        ({"method": "gqa", "kv_heads": 2}, True),
+        ({"method": "mqa"}, True),
+        ({"method": "cla", "share": 2, "layers": "0:2"}, True),
+        ({"method": "cla", "share": 2, "layers": "auto"}, False),
+        ({"method": "mla", "rank": 16, "rope_dims": 4}, True),
+        ({"method": "mla", "kv_budget": "16+4"}, True),
+        ({"method": "mla", "kv_budget": "25%"}, False),
+        ({"method": "export", "target": "native"}, False),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_recipes_know_what_their_plan_needs(keys: dict[str, Any], alone: bool) -> None:
+    assert make_recipe({"source": "org/name", **keys}).planned_from_headers is alone
+
+
+def test_a_tensor_without_its_bytes_is_not_read_as_zeros(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "headers"
+    copy.mkdir()
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    for path in folder.glob("*.json"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    for name, size in sizes.items():
+        with (folder / name).open("rb") as stream:
+            (copy / name).write_bytes(header_bytes(stream, size, name))
+    with Checkpoint(copy, sizes=sizes) as headers, Checkpoint(folder) as whole:
+        assert headers.tensors == whole.tensors
+        with pytest.raises(AssertionError, match="only the header"):
+            headers.read("lm_head.weight")
 
 
 def test_weights_in_the_cache_are_used(client: Client, hub: Hub, tmp_path: Path) -> None:

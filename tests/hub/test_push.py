@@ -112,6 +112,12 @@ def test_another_branch(client: Client, hub: WritableHub, result: Path) -> None:
     assert len(hub.pulls) == 1
 
 
+def _offered(requests: list[Request]) -> set[str]:
+    """Names of the files that a client wanted to upload."""
+    asked = [json.loads(r.body)["files"] for r in requests if "/preupload/" in r.path]
+    return {file["path"] for files in asked for file in files}
+
+
 @pytest.mark.parametrize(
     ("method", "part", "count", "effect"),
     [
@@ -162,9 +168,12 @@ def test_a_killed_push_shows_nothing_and_the_next_one_ends_it(
     merged = part == "/merge" and effect
     if hub.exists:
         assert hub.holds("main") == (files_of(result) if merged else {})
+    done = set(hub.holds("refs/pr/1")) if hub.pulls else set()
+    before = len(hub.requests)
     run = push(client, result)
     assert run.code == 0, run.err
     assert hub.holds("main") == files_of(result)
+    assert _offered(hub.requests[before:]) == files_of(result).keys() - done
     assert [pull.status for pull in hub.pulls.values()] == ["merged"]
     stored = [request.path for request in hub.requests if request.method == "PUT"]
     assert len(stored) == len(set(stored)) == len(shards(result)), "weights were sent twice"
@@ -246,10 +255,23 @@ def test_main_that_moved_meanwhile_keeps_what_it_got(
 
     hub.fault = edit
     run = push(client, result)
-    assert run.code == 6
-    assert "photo.png is none of ours" in run.err
-    assert "push again" in run.err
+    assert run.code == 0, run.err
     assert hub.holds("main") == {**files_of(result), "photo.png": b"pixels"}
+
+
+def test_a_merge_that_loses_a_file_is_noticed(
+    client: Client, hub: WritableHub, result: Path
+) -> None:
+    def lose(request: Request) -> None:
+        if request.path.endswith("/merge"):
+            merged = hub.holds("main")
+            hub.add_commit("main", {n: c for n, c in merged.items() if n != "config.json"})
+
+    hub.served = lose
+    run = push(client, result)
+    assert run.code == 6
+    assert "at main is not what kvpatch.json says: config.json is absent or differs" in run.err
+    assert "push again" in run.err
 
 
 @pytest.mark.parametrize(
