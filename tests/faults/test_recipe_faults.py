@@ -104,8 +104,16 @@ def test_explicit_tag_is_refused(tmp_path: Path, good: str, value: str) -> None:
         ("kv_heads: 2", "kv_heads: " + "9" * 5000, "5000 digits"),
         ("kv_heads: 2", f"kv_heads: {10**30}", f"--kv-heads {10**30} does not work"),
         ("kv_heads: 2", "", "recipe.yaml: key 'kv_heads' is missing"),
-        ("method: gqa", "", "recipe.yaml: method must be one of gqa, mqa, cla, mla, export, found None"),
-        ("method: gqa", "method: mlx", ":1: method must be one of gqa, mqa, cla, mla, export, found 'mlx'"),
+        (
+            "method: gqa",
+            "",
+            "recipe.yaml: method must be one of gqa, mqa, cla, mla, export, found None",
+        ),
+        (
+            "method: gqa",
+            "method: mlx",
+            ":1: method must be one of gqa, mqa, cla, mla, export, found 'mlx'",
+        ),
         (
             "method: gqa",
             "method: [gqa]",
