@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from convert.calibrate import Calibration
-from convert.calibrate_latent import LatentChoice, LatentConverting, choose_latents, latent_unit
+from convert.calibrate_latent import LatentConverting, latent_unit
 from convert.card import inherited_metadata, render_card
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
@@ -26,13 +26,14 @@ from convert.choosing import choose_plan
 from convert.execute import execute
 from convert.facts import ModelFacts, read_facts, with_stored_dtype, with_stored_names
 from convert.hub import Source, fetch_source, user_path
+from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
 from convert.plan import Plan, make_plan
 from convert.recipe import ClaRecipe, MlaRecipe, Recipe, parse_size
 from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
-from convert.scheme import Merging, Scheme, latent_scheme, method_of, scheme_of, settled
+from convert.scheme import Scheme, latent_scheme, method_of, scheme_of, settled
 from convert.sharing import parse_layers, uniform_plan
 from convert.steps import Step
 from convert.streams import Converting
@@ -96,15 +97,17 @@ def prepare(
         windows = _windows(recipe, source)
         latents: LatentChoice | None = None
         if isinstance(recipe, MlaRecipe):
+            sources = _sources(recipe, facts, checkpoint, windows)
             sizes, planes, latents = choose_latents(
                 recipe,
                 facts,
                 checkpoint,
+                sources=sources,
                 tokens=None if windows is None else windows.tokens,
                 to_write=to_write,
                 progress=lambda n: progress("looking", n, facts.layers) if progress else None,
             )
-            scheme = latent_scheme(recipe, facts, sizes, planes)
+            scheme = latent_scheme(recipe, facts, sizes, planes, sources)
         else:
             scheme = scheme_of(recipe, facts, _sources(recipe, facts, checkpoint, windows))
         warnings = [*checkpoint.warnings, *scheme.warnings]
@@ -158,12 +161,13 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
 
 
 def _sources(
-    recipe: Merging, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
+    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
 ) -> Sequence[int]:
     """For each layer the one whose keys and values it reads afterwards."""
-    if not isinstance(recipe, ClaRecipe):
+    if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
         return range(facts.layers)
-    if recipe.layers != "auto":
+    assert recipe.layers is not None
+    if not isinstance(recipe, ClaRecipe) or recipe.layers != "auto":
         return uniform_plan(facts, recipe.share, *parse_layers(recipe.layers, facts.layers))
     return choose_plan(
         checkpoint,

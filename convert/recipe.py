@@ -199,6 +199,13 @@ class MlaRecipe(_Calibrated):
     rope_select: Literal["greedy", "per-frequency", "stride"] = Field(
         "greedy", description="Which components of the keys stay rotary."
     )
+    per_layer: bool = Field(
+        False, description="Give each layer as much of a budget as predicted losses say."
+    )
+    share: int | None = Field(None, ge=2, description="Layers for each latent; one if not given.")
+    layers: str | None = Field(
+        None, description="With share: layers that take part, FIRST:END; all if not given."
+    )
     target: TargetName | None = TARGET
     arch: Literal["deepseek_v3", "youtu"] = Field(
         "deepseek_v3", description="Stock class of a native result."
@@ -230,6 +237,39 @@ class MlaRecipe(_Calibrated):
             parse_budget(self.kv_budget)
         if self.serving and self.target == "kvpatch":
             raise ValueError("serving is for native results: leave target kvpatch out")
+        return self
+
+    @property
+    def uneven(self) -> tuple[str, str] | None:
+        """A key with which no class of transformers holds the result, and why."""
+        if self.per_layer:
+            return "per_layer", "they have one rank for all layers"
+        if self.share is not None:
+            return "share", "in them every layer has a latent of its own"
+        return None
+
+    @model_validator(mode="after")
+    def _uneven_latents_are_ours(self) -> Self:
+        native = {
+            "target native": self.target == "native",
+            "serving": self.serving,
+            f"arch {self.arch}": self.arch != "deepseek_v3",
+        }
+        asked = next((key for key, given in native.items() if given), None)
+        if self.uneven is not None and asked is not None:
+            key, why = self.uneven
+            raise ValueError(
+                f"{key} does not go with {asked}, which is for classes of transformers: {why}"
+            )
+        if self.per_layer and not isinstance(parse_budget(self.kv_budget or "1+0"), float):
+            raise ValueError(
+                "per_layer distributes a kv_budget such as 25%: sizes that are given are those of "
+                "every layer"
+            )
+        if self.layers is not None and self.share is None:
+            raise ValueError("layers says which layers share: give share too, or leave layers out")
+        if self.layers == "auto":
+            raise ValueError("layers auto is for kvpatch cla: give layers as FIRST:END")
         return self
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord
-from convert.recipe import MlaRecipe
 from convert.texts import Windows
 
 if TYPE_CHECKING:
@@ -60,10 +59,8 @@ def manifest_of(
 def _sizes(prepared: Prepared) -> dict[str, Any]:
     """What the cache of a layer holds, before and after."""
     heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
-    if isinstance(scheme.recipe, MlaRecipe):
-        latent = {"rank": scheme.recipe.rank, "rope_dims": scheme.recipe.rope_dims}
-        return {"kv_heads": [heads, None], "latent": latent}
-    return {"kv_heads": [heads, scheme.kv_heads]}
+    sizes = {"kv_heads": [heads, scheme.kv_heads]}
+    return sizes if scheme.latent is None else {**sizes, "latent": scheme.latent}
 
 
 def _text(windows: Windows) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.facts import ModelFacts
-from convert.latents import Planes, Sizes, latent_method, latent_target, refuse_latents
+from convert.latent_sizes import Sizes
+from convert.latents import Planes, latent_method, latent_target, refuse_latents
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
@@ -40,6 +41,7 @@ class Scheme:
         target: What the result is written as.
         kv_heads: KV heads of each layer afterwards; None where it has a latent.
         sources: For each layer the one whose keys and values it reads afterwards.
+        sizes: Of the latent of each layer; None if there are none.
         cache: KV cache of the result.
         warnings: What the user should know.
     """
@@ -49,6 +51,7 @@ class Scheme:
     target: Target
     kv_heads: int | None
     sources: tuple[int, ...]
+    sizes: tuple[Sizes, ...] | None = None
     cache: KVCache
     warnings: tuple[str, ...]
 
@@ -56,14 +59,25 @@ class Scheme:
     def result_keys(self) -> dict[str, Any]:
         """The part of the recipe that determines the result; equal results have equal manifests."""
         unused = set(_RUN_KEYS)
-        if self.kv_heads is None:  # the sizes are there
-            unused.add("kv_budget")
+        if isinstance(self.recipe, MlaRecipe) and self.recipe.rank is not None:
+            unused.add("kv_budget")  # the sizes are there
         if self.recipe.calibration is None:
             unused |= {"samples", "context", "seed"}
         return {
             key: value
             for key, value in self.recipe.model_dump().items()
             if key not in unused and value is not None
+        }
+
+    @property
+    def latent(self) -> dict[str, int | list[int]] | None:
+        """Sizes of the latents, ``rank`` and ``rope_dims``: of every layer, or a list of them."""
+        if self.sizes is None:
+            return None
+        one = self.sizes[0] if len(set(self.sizes)) == 1 else None
+        return {
+            key: getattr(one, key) if one else [getattr(own, key) for own in self.sizes]
+            for key in ("rank", "rope_dims")
         }
 
 
@@ -97,7 +111,11 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
-    return {"refit": recipe.refit or ("none" if recipe.calibration is None else "qo")}
+    return {
+        "refit": recipe.refit or ("none" if recipe.calibration is None else "qo"),
+        "target": recipe.target if recipe.uneven is None else "kvpatch",
+        "layers": recipe.layers if recipe.share is None else recipe.layers or ":",
+    }
 
 
 def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
@@ -189,27 +207,37 @@ def scheme_of(recipe: Merging, facts: ModelFacts, sources: Sequence[int]) -> Sch
     )
 
 
-def latent_scheme(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes) -> Scheme:
+def latent_scheme(
+    recipe: MlaRecipe,
+    facts: ModelFacts,
+    sizes: Sequence[Sizes],
+    planes: Planes,
+    sources: Sequence[int],
+) -> Scheme:
     """What a settled recipe for latents does to a model.
 
     Args:
         recipe: From ``settled``.
         facts: The source.
-        sizes: Of the latent and the rotary key.
+        sizes: Of the latent and the rotary key of each layer.
         planes: For each layer the RoPE plane of each pair of the rotary key.
+        sources: For each layer the one whose latent it reads.
 
     Raises:
         UsageError: If no class holds the result.
     """
-    target, cache = latent_target(recipe, facts, sizes, planes)
+    target, cache = latent_target(recipe, facts, sizes, planes, sources)
+    chosen: dict[str, Any] = {"target": target.name}
+    if not recipe.per_layer:  # a shared latent may hold more rotary dims than one of a single layer
+        largest = max(sizes, key=lambda own: own.rope_dims)
+        chosen |= {"rank": largest.rank, "rope_dims": largest.rope_dims}
     return Scheme(
-        recipe=recipe.model_copy(
-            update={"target": target.name, "rank": sizes.rank, "rope_dims": sizes.rope_dims}
-        ),
-        method=latent_method(sizes, facts, planes[0], constants=not recipe.serving),
+        recipe=recipe.model_copy(update=chosen),
+        method=latent_method(sizes, facts, planes, sources, constants=not recipe.serving),
         target=target,
         kv_heads=None,
-        sources=tuple(range(facts.layers)),
+        sources=tuple(sources),
+        sizes=tuple(sizes),
         cache=cache,
         warnings=tuple(_latent_warnings(recipe, facts, target, cache)),
     )
@@ -240,7 +268,8 @@ def _warnings(recipe: Merging, facts: ModelFacts, target: Target) -> list[str]:
 def _latent_warnings(
     recipe: MlaRecipe, facts: ModelFacts, target: Target, cache: KVCache
 ) -> list[str]:
-    warnings = [] if recipe.target == target.name == "kvpatch" else _class_warnings(facts, target)
+    asked = recipe.target == target.name == "kvpatch" and recipe.uneven is None
+    warnings = [] if asked else _class_warnings(facts, target)
     before = facts.cache(dtype=recipe.dtype).bytes_per_token
     if cache.bytes_per_token >= before:
         warnings.append(

@@ -10,7 +10,6 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
-from convert.recipe import MlaRecipe
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
@@ -116,14 +115,14 @@ def _added(prepared: Prepared) -> list[dict[str, Any]]:
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
     """Sizes of a conversion to latents, and which servers load it."""
-    recipe = prepared.recipe
-    if not isinstance(recipe, MlaRecipe):
+    sizes = prepared.scheme.latent
+    if sizes is None:
         return None
     target = prepared.plan.target
     notes = {}
     if target.name == "native":
         notes = server_notes(target.edit(prepared.checkpoint.config))
-    return {"rank": recipe.rank, "rope_dims": recipe.rope_dims, "servers": notes}
+    return {**sizes, "servers": notes}
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:

@@ -46,12 +46,15 @@ class Attended:
 
 
 @torch.no_grad()
-def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Attended:
+def attended(
+    observed: Observed, mixed: Mixed, *, read: Tensor | None = None, by_output: bool = True
+) -> Attended:
     """Measure a layer.
 
     Args:
         observed: The original layer and what it did on the text.
         mixed: Components of its keys.
+        read: [N, T, E] inputs that the components are made of; None for its own.
         by_output: Weigh scores by what they move; else by the attention weight alone.
     """
     layer = observed.layer
@@ -69,8 +72,9 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
     values = torch.zeros(heads, heads, dtype=torch.float64)
     rows = mixed.rows.to(kind).flatten(0, 1).to(turn.device)
     seen = 0
-    for window in _windows(observed):
-        inputs = window.inputs[0]
+    for window, inputs in zip(
+        _windows(observed), observed.inputs if read is None else read, strict=True
+    ):
         chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
         attention = _weights(window)[:, chosen]
         importance = _importance(window, attention, chosen) if by_output else attention

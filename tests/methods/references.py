@@ -74,26 +74,35 @@ def outcome_of(layer: AttentionLayer, scores: Tensor, inputs: Tensor) -> Tensor:
     return found if layer.o_bias is None else found + layer.o_bias
 
 
-def latent_scores(layer: LatentLayer, inputs: Tensor, turning: Tensor) -> Tensor:
-    """[H, T, T] of a latent layer; ``turning`` [P] are those of the source's planes."""
+def latent_scores(
+    layer: LatentLayer, inputs: Tensor, turning: Tensor, read: Tensor | None = None
+) -> Tensor:
+    """[H, T, T] of a latent layer; ``turning`` [P] are those of the source's planes.
+
+    Keys are made of ``read`` [T, E] if it is given, as where layers share a latent.
+    """
+    read = inputs if read is None else read
     nope, width = layer.geometry.nope_dim, layer.geometry.rope_dim
     pairs = [(2 * i, 2 * i + 1) for i in range(width // 2)]
     rotation = _rotations(len(inputs), pairs, turning[list(layer.planes)], width)
     query = torch.einsum("hde,te->htd", layer.q, inputs)
     if layer.q_bias is not None:
         query = query + layer.q_bias[:, None]
-    rope_key = inputs @ layer.k_rope.T
+    rope_key = read @ layer.k_rope.T
     if layer.k_rope_bias is not None:
         rope_key = rope_key + layer.k_rope_bias
-    still = torch.einsum("htd,hdr,sr->hts", query[..., :nope], layer.k_up, inputs @ layer.latent.T)
+    still = torch.einsum("htd,hdr,sr->hts", query[..., :nope], layer.k_up, read @ layer.latent.T)
     turned = torch.einsum("tfd,htd,sfg,sg->hts", rotation, query[..., nope:], rotation, rope_key)
     return layer.scale * (still + turned)
 
 
-def latent_outcome(layer: LatentLayer, inputs: Tensor, turning: Tensor) -> Tensor:
-    """[T, E] that a latent layer adds to the residual stream."""
-    mixing = causal_weights(latent_scores(layer, inputs, turning))
-    value = torch.einsum("hdr,re,te->thd", layer.v_up, layer.latent, inputs)
+def latent_outcome(
+    layer: LatentLayer, inputs: Tensor, turning: Tensor, read: Tensor | None = None
+) -> Tensor:
+    """[T, E] that a latent layer adds to the residual stream; see ``latent_scores``."""
+    read = inputs if read is None else read
+    mixing = causal_weights(latent_scores(layer, inputs, turning, read))
+    value = torch.einsum("hdr,re,te->thd", layer.v_up, layer.latent, read)
     found = torch.einsum("hts,shd,ehd->te", mixing, value, layer.o)
     return found if layer.o_bias is None else found + layer.o_bias
 
