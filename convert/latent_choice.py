@@ -63,6 +63,11 @@ class LatentChoice:
     idle: bool
 
     @property
+    def shares(self) -> bool:
+        """Whether any layer reads the latent of another."""
+        return len(set(self.sources)) < len(self.sources)
+
+    @property
     def planes(self) -> list[tuple[int, ...]]:
         """For each layer the RoPE plane of each pair of the rotary key."""
         own = {first: tuple(kept.nonzero()[:, 0].tolist()) for first, kept in self.kept.items()}
@@ -134,7 +139,7 @@ class LatentChoice:
                 "lost_energy_rope": rope,
                 "lost_energy_latent": latent,
             }
-            | ({"lost_energy_shared": shared} if len(unit) > 1 else {})
+            | ({"lost_energy_shared": shared} if self.shares else {})
             for rope, latent, shared in lost
         ]
         return converted, results

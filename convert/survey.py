@@ -30,6 +30,10 @@ from convert.targets.rope_tables import rope_table
 __all__ = ["Survey", "survey"]
 
 _READS = frozenset({"q", "k", "v", "o"})
+# a score is the real part of a complex product, half of its energy; but a lost rotation costs more
+# than a lost direction of the same measured energy, and refits repair less of it (measured: at a
+# sixteenth of the cache half of the loss, against a factor of 1)
+_TURNING = 2
 _LONGEST = 4096  # tokens of distance that are presumed at most
 
 
@@ -167,9 +171,7 @@ def _prospect(
             moment=unit.moment,
             rank=1,
         ).spectrum
-        # a score is the real part of a complex product, half of its energy; it counts twice, since
-        # refits repair less of a lost rotation than of a lost direction (measured: better splits)
-        turning[count] = float(cut[~kept].sum())
+        turning[count] = (1 if power is None else _TURNING) * float(cut[~kept].sum())
     whole = max((float(spectrum.sum()) for spectrum in spectra.values()), default=0.0)
     whole += float(seen.energy.sum())
     return Prospect(turning, spectra, 1 / (power or whole or 1.0))

@@ -168,7 +168,11 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _sizes(latent: Mapping[str, Any]) -> str:
-    return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
+    if isinstance(latent["rank"], int):
+        return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
+    return "latent and rotary key of each layer: " + ", ".join(
+        f"{rank}+{rope}" for rank, rope in zip(latent["rank"], latent["rope_dims"], strict=True)
+    )
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

@@ -71,6 +71,44 @@ _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "tiny-budget": ("llama", ("--kv-budget", "0.5%"), "leaves 0 values per token and layer"),
     "no-budget": ("llama", ("--kv-budget", "a lot"), "'a lot' is neither a share such as 25%"),
     "odd-budget": ("llama", ("--kv-budget", "24+7"), "an even number of rotary dims"),
+    "uneven-sizes": ("llama", (*SMALL, "--per-layer"), "distributes a kv_budget such as 25%"),
+    "uneven-split": ("llama", ("--kv-budget", "24+8", "--per-layer"), "a kv_budget such as 25%"),
+    "uneven-native": (
+        "llama",
+        ("--kv-budget", "25%", "--per-layer", "--target", "native"),
+        (
+            "per_layer does not go with target native, which is for classes of transformers: they have "
+            "one rank for all layers"
+        ),
+    ),
+    "uneven-serving": (
+        "wide",
+        ("--kv-budget", "25%", "--per-layer", "--serving"),
+        "per_layer does not go with serving",
+    ),
+    "shared-native": (
+        "llama",
+        (*SMALL, "--share", 2, "--target", "native"),
+        (
+            "share does not go with target native, which is for classes of transformers: in them every "
+            "layer has a latent of its own"
+        ),
+    ),
+    "shared-arch": ("llama", (*SMALL, "--share", 2, "--arch", "youtu"), "with arch youtu"),
+    "shared-by-one": ("llama", (*SMALL, "--share", 1), "share: "),
+    "shared-range": ("llama", (*SMALL, "--share", 2, "--layers", "1:9"), "is no range of the 2"),
+    "shared-auto": ("llama", (*SMALL, "--share", 2, "--layers", "auto"), "is for kvpatch cla"),
+    "layers-alone": ("llama", (*SMALL, "--layers", "0:2"), "layers says which layers share"),
+    "shared-rope": (
+        "llama",
+        ("--rank", 8, "--rope-dims", 130, "--share", 2),
+        "--rope-dims 130 is more than the 128 dims that rotate in all keys",
+    ),
+    "shared-kinds": (
+        "smollm3",
+        (*SMALL, "--share", 4),
+        "cannot share keys and values: one has another window or other positions",
+    ),
     "selection": ("llama", (*SMALL, "--rope-select", "best"), "'per-frequency' or 'stride'"),
     "unknown-arch": ("llama", (*SMALL, "--arch", "deepseek_v2"), "'deepseek_v3' or 'youtu'"),
     "refit": ("llama", (*SMALL, "--refit", "o"), "refit o needs a calibration text"),
