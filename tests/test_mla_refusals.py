@@ -76,10 +76,7 @@ _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "uneven-native": (
         "llama",
         ("--kv-budget", "25%", "--per-layer", "--target", "native"),
-        (
-            "per_layer does not go with target native, which is for classes of transformers: they have "
-            "one rank for all layers"
-        ),
+        "classes of transformers: they have one rank for all layers",
     ),
     "uneven-serving": (
         "wide",
@@ -89,10 +86,7 @@ _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "shared-native": (
         "llama",
         (*SMALL, "--share", 2, "--target", "native"),
-        (
-            "share does not go with target native, which is for classes of transformers: in them every "
-            "layer has a latent of its own"
-        ),
+        "classes of transformers: in them every layer has a latent of its own",
     ),
     "shared-arch": ("llama", (*SMALL, "--share", 2, "--arch", "youtu"), "with arch youtu"),
     "shared-by-one": ("llama", (*SMALL, "--share", 1), "share: "),
