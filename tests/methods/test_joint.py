@@ -257,3 +257,18 @@ def test_readers_store_nothing_and_get_it_back() -> None:
     for name in ("latent", "k_rope", "k_rope_bias"):
         assert getattr(back, name) is getattr(first, name)
         assert getattr(second, name).equal(getattr(first, name))
+
+
+def test_errors_of_a_unit_are_in_one_unit() -> None:
+    """An error of a score is one of its factor times that of the product; outputs add up apart."""
+    parts = [
+        Attended(*(randn(2, 2, 2, seed=4 * n + m) for m in range(3)), positive(2, n))
+        for n in (1, 2)
+    ]
+    found = together(parts, [3.0, 0.5], [1.0, 7.0])
+    for name in ("energy", "queries"):
+        first, second = (getattr(part, name) for part in parts)
+        assert_close(getattr(found, name), torch.cat([9 * first, 7 * 0.25 * second]), atol=1e-12)
+    assert_close(found.values[:2, :2], parts[0].values, atol=1e-12)
+    assert_close(found.values[2:, 2:], 7 * parts[1].values, atol=1e-12)
+    assert not found.values[:2, 2:].any()
