@@ -17,7 +17,7 @@ from convert.facts import ModelFacts
 from convert.latent_choice import LatentChoice
 from convert.layer import LatentGeometry, LatentLayer
 from convert.methods import Converted
-from convert.methods.attention import Scoring, keys, values
+from convert.methods.attention import Scoring
 from convert.methods.fitting import (
     Observed,
     head_outputs,
@@ -33,6 +33,7 @@ from convert.methods.refit_latent import (
     expanded,
     latent_basis,
     refit_latent_scores,
+    shared_by,
     with_expanded_values,
 )
 from convert.plan import Plan
@@ -128,7 +129,7 @@ class LatentConverting(Converting):
                         layers[place], one, inputs=inputs, source=source, target=target
                     )
                 ready = expanded(layers[place])
-                shared = keys(ready, one.scoring, source), values(ready, one.scoring, source)
+                shared = shared_by(layers[place], ready, one.scoring, source)
                 outputs = projected(ready, head_outputs(ready, one.scoring, inputs, shared))
                 streams.converted = block.run_all_with(streams.converted, outputs)
             if not done:
@@ -156,7 +157,7 @@ class LatentConverting(Converting):
             [seen],
             [ready],
             inputs=inputs,
-            shared=(keys(ready, seen.scoring, source), values(ready, seen.scoring, source)),
+            shared=shared_by(layer, ready, seen.scoring, source),
             target=target,
             seed=self.seed,
             basis=basis,
@@ -211,7 +212,7 @@ def _rotary_factor(facts: ModelFacts, number: int) -> float:
     rope = facts.ropes[number]
     if not rope.dim or rope.kind == "default":
         return 1.0
-    return rope_table(facts, stock_config(facts)).attention_factor
+    return rope_table(facts, stock_config(facts), number).attention_factor
 
 
 def _mapped(layer: LatentLayer, device: str) -> LatentLayer:

@@ -56,6 +56,15 @@ _SHARED_LATENT = (
     "their own is predicted from it by least squares, or taken to be the same where nothing was "
     "calibrated. Each has queries and up-projections of its own."
 )
+_SCALES = (
+    "Queries and keys keep their norm exactly: the latent is that of keys without it, and the "
+    "factor that the norm comes to is cached for each token."
+)
+_EXPORTED = (
+    "Then it was written for another class that computes the same: factors and constants moved "
+    "into other weights, and a norm on the latent was left out or made to do nothing."
+)
+_TRAINED = "Then its weights were changed, as by training."
 _GROUPS = {
     "adjacent": "Neighbouring heads are merged.",
     "similar": "Heads are merged with those that lose least energy together.",
@@ -102,8 +111,11 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 def render_card(manifest: Mapping[str, Any]) -> bytes:
     """README.md for the Hub: metadata, sizes, method, measured quality, how to load, recipe."""
     source, recipe, cache = manifest["source"], manifest["recipe"], manifest["kv_cache"]
-    latent, shared = recipe["method"] == "mla", "share" in recipe
-    layers, architecture = manifest["layers"], manifest["architecture"]
+    exported, shared = recipe["method"] == "export", "share" in recipe
+    latent = exported or recipe["method"] == "mla"
+    lineage = manifest.get("lineage", [])
+    origin = lineage[0]["source"] if lineage else source
+    architecture = manifest["architecture"]
     ours = architecture.startswith("Kvpatch")
     kinds = _latent_kinds(shared=shared) if latent else _merged_kinds(cache, shared=shared)
     metadata: dict[str, Any] = {
@@ -112,8 +124,8 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         "pipeline_tag": "text-generation",
         "tags": ["kvpatch", *kinds, "kv-cache"],
     }
-    if source["repository"]:
-        metadata |= {"base_model": source["repository"], "base_model_relation": "finetune"}
+    if origin["repository"]:
+        metadata |= {"base_model": origin["repository"], "base_model_relation": "finetune"}
     template = jinja2.Template(
         resources.files("convert").joinpath("templates/card.md.jinja").read_text("utf-8"),
         undefined=jinja2.StrictUndefined,
@@ -122,9 +134,13 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
     kind, change = (
         _latent_kind(cache["latent"], recipe) if latent else _kind(recipe, *cache["kv_heads"])
     )
+    if exported:
+        change = (
+            f"from {source['architecture']} to {architecture}, which computes the same ({kind})"
+        )
     text: str = template.render(
         front_matter=yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True),
-        title=f"{source['name'].rpartition('/')[2]}, {kind}",
+        title=f"{origin['name'].rpartition('/')[2]}, {kind}",
         source=source,
         change=change,
         held=_held(cache),
@@ -137,8 +153,10 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
             "before_full": format_bytes(cache["bytes_at_context"][0]),
             "after_full": format_bytes(cache["bytes_at_context"][1]),
         },
-        method=_method(recipe),
-        energy=_latent_energy(layers) if latent else _merged_energy(layers, recipe["merge"]),
+        method=_history(lineage)
+        if exported
+        else _method(recipe, scaled="key_scales" in cache.get("latent", {})),
+        energy=_energy(manifest),
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
@@ -146,6 +164,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         architecture=architecture,
         ours=ours,
         carried=not ours and architecture != source["architecture"],
+        exported=exported,
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
@@ -170,10 +189,12 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
         what, no_place = "KV heads per layer", "this number of KV heads"
         return {"what": what, "before": before, "after": after, "no_place": no_place}
     sizes = cache["latent"]
+    scales = f", scales of keys {sizes['key_scales']}" if "key_scales" in sizes else ""
+    latent = f"latent of {_span(sizes['rank'])}, rotary key of {_span(sizes['rope_dims'])}{scales}"
     return {
         "what": "cached in a layer",
-        "before": f"{before} KV heads",
-        "after": f"latent of {_span(sizes['rank'])}, rotary key of {_span(sizes['rope_dims'])}",
+        "before": latent if before is None else f"{before} KV heads",
+        "after": latent,
         "no_place": "latents",
     }
 
@@ -194,6 +215,17 @@ def _latent_kind(
 def _span(sizes: int | Sequence[int]) -> str:
     """A size, or the smallest and the largest of those of the layers."""
     return str(sizes) if isinstance(sizes, int) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _energy(manifest: Mapping[str, Any]) -> str:
+    """What was lost, in a sentence; of an export, what was when its latents were made."""
+    recipe, layers = manifest["recipe"], manifest["layers"]
+    if recipe["method"] == "export":
+        made = (step for step in manifest["lineage"] if step["recipe"]["method"] == "mla")
+        return next((_latent_energy(step["layers"]) for step in made), "")
+    if recipe["method"] == "mla":
+        return _latent_energy(layers)
+    return _merged_energy(layers, recipe["merge"])
 
 
 def _latent_energy(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -247,10 +279,12 @@ def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]
     return kind, f"from {before} to {after} KV heads per layer ({kind})"
 
 
-def _method(recipe: Mapping[str, Any]) -> list[str]:
+def _method(recipe: Mapping[str, Any], *, scaled: bool) -> list[str]:
     """What was done, in sentences."""
     shared, merge = recipe["method"] == "cla", recipe.get("merge")
     sentences = _latent_method(recipe) if merge is None else [_MERGES[shared, merge]]
+    if scaled:
+        sentences.append(_SCALES)
     if merge == "svd" and "group" in recipe:
         sentences.append(_GROUPS[recipe["group"]])
     if merge == "svd" and shared:
@@ -266,6 +300,18 @@ def _latent_method(recipe: Mapping[str, Any]) -> list[str]:
         _SHARED_LATENT: "share" in recipe,
     }
     return [_LATENT, *(sentence for sentence, holds in more.items() if holds)]
+
+
+def _history(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was done before an export, and the export, in sentences."""
+    if not lineage:
+        return ["How the source was made is not recorded.", _EXPORTED]
+    sentences = []
+    for step in lineage:
+        exported = step["recipe"]["method"] == "export"
+        sentences += [_EXPORTED] if exported else _method(step["recipe"], scaled=False)
+        sentences += [_TRAINED] * step["trained"]
+    return [*sentences, _EXPORTED]
 
 
 def _svd_percent(layers: Sequence[Mapping[str, Any]]) -> str | None:

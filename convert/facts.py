@@ -14,6 +14,8 @@ from convert.families.positions import check_positions, layer_ropes, layer_windo
 from convert.layer import Geometry, QkNorm, Rope
 from kvpatch.errors import InputModelError
 from kvpatch.memory import KVCache, multi_head_cache
+from kvpatch.models import FAMILIES as KVPATCH_FAMILIES
+from kvpatch.models import PREFIX
 
 __all__ = [
     "ModelFacts",
@@ -97,6 +99,17 @@ class ModelFacts:
         """Norm of queries and keys, if this model has one."""
         switch = self.family.qk_norm_switch
         return self.family.qk_norm if switch is None or self.config.get(switch) else None
+
+    @property
+    def key_scales(self) -> int:
+        """Factors that the norm of keys comes to for each token: one for all KV heads or for each.
+
+        None, so 0, if there is no norm, or one that adds a bias besides.
+        """
+        row = KVPATCH_FAMILIES.get(self.family.model_type.removeprefix(PREFIX))
+        if self.qk_norm is None or row is None or row.key_scale is None:
+            return 0
+        return 1 if self.qk_norm.layout == "full" else self.geometry.kv_heads
 
     def legal_kv_heads(self) -> list[int]:
         """KV-head counts that this model can be pooled to."""

@@ -18,8 +18,9 @@ from convert.facts import (
 from convert.hub import fetch_config
 from convert.latent_sizes import Sizes, most_dims
 from convert.latents import latent_architecture
+from convert.sharing import uniform_plan
 from convert.targets import targets_for
-from kvpatch.errors import InputModelError
+from kvpatch.errors import InputModelError, UsageError
 from kvpatch.memory import KVCache, latent_cache, multi_head_cache
 from kvpatch.models import PREFIX
 
@@ -88,7 +89,9 @@ def inspect_dims(
         windows=(None,) * layers,
         bytes_per_value=bytes_per_value,
         window=_WINDOW,
-        most_latents=None,
+        pairs=_pairs_of(layers) if layers > 1 else None,
+        most_latents=Sizes(heads * head_dim, (kv_heads or heads) * head_dim // 2 * 2),
+        key_scales=0,
     )
 
 
@@ -102,8 +105,26 @@ def facts_rows(facts: ModelFacts) -> list[CacheRow]:
         windows=facts.windows,
         bytes_per_value=facts.cache().bytes_per_value,
         window=min(_WINDOW, facts.context // 4),
+        pairs=_pairs(facts),
         most_latents=most_dims(facts) if _latent_conversion(facts) else None,
+        key_scales=facts.key_scales,
     )
+
+
+def _pairs_of(layers: int) -> list[int]:
+    return [layer - layer % 2 for layer in range(layers)]
+
+
+def _pairs(facts: ModelFacts) -> Sequence[int] | None:
+    """What ``kvpatch cla --share 2`` makes of a model; None where it cannot."""
+    if facts.family.model_type.startswith(PREFIX):
+        return None
+    try:
+        sources = uniform_plan(facts, 2, 0, facts.layers)
+        targets_for(facts, kv_heads=facts.geometry.kv_heads, kv_source_layers=sources)
+    except UsageError:
+        return None
+    return sources
 
 
 def cache_rows(
@@ -115,21 +136,28 @@ def cache_rows(
     windows: Sequence[int | None],
     bytes_per_value: int,
     window: int,
+    pairs: Sequence[int] | None,
     most_latents: Sizes | None,
+    key_scales: int,
 ) -> list[CacheRow]:
     """The table: the model as it is, GQA for every divisor, MQA, CLA2, MLA and a sliding window.
 
+    CLA2 is that of ``pairs``, for each layer the one that it reads, and has a command if they are
+    given.
     MLA has the proportions of DeepSeek-V2 (arXiv:2405.04434, section 3.1.2): rank ``4 * head_dim``
     and ``head_dim / 2`` rotary dims, as far as ``most_latents`` allows; it has a command if that is
-    given.
+    given. ``key_scales`` numbers are cached beside them.
     """
+    own, read = list(range(layers)), pairs or _pairs_of(layers)
 
-    def shared(kv: int, share: int = 1, spans: Sequence[int | None] = windows) -> KVCache:
+    def shared(
+        kv: int, sources: Sequence[int] = own, spans: Sequence[int | None] = windows
+    ) -> KVCache:
         return multi_head_cache(
             layers=layers,
             kv_heads=kv,
             head_dim=head_dim,
-            sources=[layer - layer % share for layer in range(layers)],
+            sources=sources,
             windows=spans,
             bytes_per_value=bytes_per_value,
         )
@@ -140,9 +168,10 @@ def cache_rows(
         rows.append(CacheRow(f"GQA, {n} KV heads", shared(n), f"kvpatch gqa --kv-heads {n}"))
     if kv_heads > 1:
         rows.append(CacheRow("MQA, 1 KV head", shared(1), "kvpatch mqa"))
-    rows.append(CacheRow(f"CLA2, {kv_heads} KV heads", shared(kv_heads, share=2)))
+    cla = None if pairs is None else "kvpatch cla --share 2"
+    rows.append(CacheRow(f"CLA2, {kv_heads} KV heads", shared(kv_heads, read), cla))
     if kv_heads > 1:
-        rows.append(CacheRow("CLA2 + MQA", shared(1, share=2)))
+        rows.append(CacheRow("CLA2 + MQA", shared(1, read), cla and f"{cla} --kv-heads 1"))
     rank, rope_dim = 4 * head_dim, max(2, head_dim // 4 * 2)
     command = None
     if most_latents is not None:
@@ -155,6 +184,7 @@ def cache_rows(
                 layers=layers,
                 rank=rank,
                 rope_dim=rope_dim,
+                scales=key_scales,
                 windows=windows,
                 bytes_per_value=bytes_per_value,
             ),

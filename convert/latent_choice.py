@@ -12,25 +12,21 @@ from convert.checkpoint.reader import Checkpoint
 from convert.facts import ModelFacts
 from convert.latent_sizes import Sizes, budget_of, most_dims, sizes_of
 from convert.latents import placeholder_planes
-from convert.layer import AttentionLayer, LatentLayer
+from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attended import Attended
 from convert.methods.budget import Prospect, distributed
 from convert.methods.cut import kept_components, lost_without_turn
 from convert.methods.joint import (
+    factored_jointly,
     joint,
     lost_in_latent,
     lost_with_turn,
     parts_of,
     unpredicted,
 )
-from convert.methods.latent import (
-    factored,
-    latent_form,
-    still_keys,
-    value_gram,
-    with_idle_pairs,
-)
+from convert.methods.latent import latent_form, still_keys, with_idle_pairs
 from convert.methods.merge import Inputs
+from convert.methods.normed import normed_form
 from convert.recipe import MlaRecipe, parse_budget
 from convert.steps import units_of
 from convert.survey import survey
@@ -53,6 +49,7 @@ class LatentChoice:
         ranks: By the same, latent dims.
         constants: Whether the result can hold biases; else means are left in the latent.
         idle: Whether a layer without rotary pairs gets those of another, which are zero.
+        norm: Of queries and keys.
     """
 
     sources: Sequence[int]
@@ -61,6 +58,7 @@ class LatentChoice:
     ranks: Mapping[int, int]
     constants: bool
     idle: bool
+    norm: QkNorm | None
 
     @property
     def shares(self) -> bool:
@@ -97,21 +95,13 @@ class LatentChoice:
         Returns:
             Layers with the latent that they read, whoever makes it, and results.
         """
-        found, first = joint(layers, inputs, shares), unit[0]
+        found, first = joint(layers, inputs, shares, self.norm), unit[0]
         attended, kept, rank = self.attended[first], self.kept[first], self.ranks[first]
         still = still_keys(found.rows, found.mixed, attended.turn, kept, factor**2)
-        gram = value_gram(found.layer, attended.values)
-        factors = factored(
-            still,
-            found.rows.v,
-            key_metric=attended.queries,
-            value_gram=gram,
-            moment=found.moment,
-            rank=rank,
-            centred=self.constants,
-        )
+        factors = factored_jointly(found, attended, still, rank, centred=self.constants)
+        form = latent_form if self.norm is None else normed_form
         converted = [
-            latent_form(
+            form(
                 found.member(place),
                 found.rows_of(place),
                 found.mixed_for(place),
@@ -204,6 +194,7 @@ def choose_latents(
         ranks=dict(zip(firsts, (rank for _, rank in chosen), strict=True)),
         constants=not recipe.serving,
         idle=not recipe.per_layer,
+        norm=facts.qk_norm,
     )
     planes = choice.planes
     sizes = [
@@ -220,7 +211,7 @@ def _pairs_to_compare(
     equal = [split.rope_dims // 2 for split in splits]
     if not recipe.per_layer:
         return equal if len(equal) > 1 else []
-    values = budget_of(_share(recipe), facts) // latents
+    values = _numbers(recipe, facts, latents) // latents
     return sorted({*equal, *(round(part * values / 2) for part in _PARTS)})
 
 
@@ -236,11 +227,12 @@ def _chosen(
     if not recipe.per_layer:
         return [(best.rope_dims // 2, best.rank)] * len(prospects)
     start = [one.nearest(best.rope_dims // 2) for one in prospects]
-    return distributed(prospects, budget_of(_share(recipe), facts), start=start)
+    return distributed(prospects, _numbers(recipe, facts, len(prospects)), start=start)
 
 
-def _share(recipe: MlaRecipe) -> float:
+def _numbers(recipe: MlaRecipe, facts: ModelFacts, latents: int) -> int:
+    """What a budget leaves for all latents and rotary keys, beside the scales of keys."""
     assert recipe.kv_budget is not None
-    budget = parse_budget(recipe.kv_budget)
-    assert isinstance(budget, float)
-    return budget
+    share = parse_budget(recipe.kv_budget)
+    assert isinstance(share, float)
+    return budget_of(share, facts) - latents * facts.key_scales

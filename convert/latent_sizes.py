@@ -37,7 +37,8 @@ def most_dims(facts: ModelFacts, selection: Selection = "greedy", layers: int = 
     geometry = facts.geometry
     planes = max(rope.dim for rope in facts.ropes) // 2
     each = layers * geometry.kv_heads if selection == "greedy" else 1
-    return Sizes(geometry.hidden, 2 * planes * each)
+    # constants of keys with a norm are in the latent, too
+    return Sizes(geometry.hidden + (facts.qk_norm is not None), 2 * planes * each)
 
 
 def sizes_of(recipe: MlaRecipe, facts: ModelFacts, sources: Sequence[int]) -> list[Sizes]:
@@ -86,7 +87,7 @@ def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts, latents: int) ->
     """
     most, values = most_dims(facts, recipe.rope_select), budget_of(share, facts) // latents
     native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
-    free = values - constant_dims(recipe, native=native)
+    free = values - constant_dims(recipe, native=native) - facts.key_scales
     found = []
     for part in _SHARES if most.rope_dims else (0.0,):
         rope = min(most.rope_dims, 2 * round(part * values / 2))
@@ -113,8 +114,9 @@ def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> N
         else (f"--kv-budget: a rank of {sizes.rank}", f"--kv-budget: {sizes.rope_dims} rotary dims")
     )
     if sizes.rank > most.rank:
+        constant = " and one constant" if facts.qk_norm is not None else ""
         raise UsageError(
-            f"{rank} is more than this model's hidden width of {most.rank}",
+            f"{rank} is more than this model's hidden width of {facts.geometry.hidden}{constant}",
             hint="A latent of that width would hold the whole input.",
         )
     if sizes.rope_dims <= most.rope_dims:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from convert.targets.latent import latent_class
 from convert.targets.serving import serving_problems
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache, latent_cache
+from kvpatch.models import FAMILIES
 
 __all__ = [
     "Planes",
@@ -52,8 +54,8 @@ def refuse_latents(facts: ModelFacts) -> None:
 
 def _latent_problem(facts: ModelFacts) -> str | None:
     reasons = {
-        "its queries and keys have a norm, which a shared latent does not commute with": (
-            facts.qk_norm is not None
+        "the norm of its keys adds a bias, which would turn with the positions of a shared key": (
+            facts.qk_norm is not None and not facts.key_scales and _is_ours(facts)
         ),
         f"clip_qkv {facts.clip} cuts off what latents would reproduce": facts.clip is not None,
         f"its scores have a softcap of {facts.softcap}, under which constants of keys count": (
@@ -62,6 +64,10 @@ def _latent_problem(facts: ModelFacts) -> str | None:
         "its scores have ALiBi offsets": facts.family.positions == "alibi",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_ours(facts: ModelFacts) -> bool:
+    return facts.family.model_type in FAMILIES
 
 
 def latent_architecture(facts: ModelFacts) -> str | None:
@@ -107,6 +113,7 @@ def latent_method(
         sources: For each layer the one whose latent it reads.
         constants: Whether the result can hold biases.
     """
+    normed = facts.qk_norm is not None
     alike: dict[tuple[Sizes, tuple[int, ...]], Outline] = {}
     outlines: dict[int, Outline] = {}
     for first in dict.fromkeys(sources):
@@ -114,12 +121,17 @@ def latent_method(
         outlines[first] = alike.setdefault(
             key,
             partial(
-                _outline, sizes=key[0], planes=key[1], scale=facts.scales[0], constants=constants
+                _outline,
+                sizes=key[0],
+                planes=key[1],
+                scale=facts.scales[0],
+                constants=constants,
+                normed=normed,
             ),
         )
     together = max(len(unit) for unit in units_of(sources))
     return Method(
-        reads=frozenset({"q", "k", "v", "o"}),
+        reads=frozenset({"q", "k", "v", "o"} | ({"q_norm", "k_norm"} if normed else set())),
         outline=outlines[0],
         outlines=outlines,
         convert=None,
@@ -128,25 +140,19 @@ def latent_method(
     )
 
 
-def _outline(
-    layers: Sequence[AttentionLayer],
-    *,
-    sizes: Sizes,
-    planes: tuple[int, ...],
-    scale: float,
-    constants: bool,
-) -> list[LatentLayer]:
-    each = [_outlined(layer, sizes, planes, scale=scale, constants=constants) for layer in layers]
+def _outline(layers: Sequence[AttentionLayer], **options: Any) -> list[LatentLayer]:
+    each = [_outlined(layer, **options) for layer in layers]
     return [each[0], *(reader(layer) for layer in each[1:])]
 
 
 def _outlined(
     layer: AttentionLayer,
+    *,
     sizes: Sizes,
     planes: tuple[int, ...],
-    *,
     scale: float,
     constants: bool,
+    normed: bool,
 ) -> LatentLayer:
     g = layer.geometry
     like = layer.q
@@ -156,7 +162,7 @@ def _outlined(
         return torch.zeros((), dtype=like.dtype).expand(shape)
 
     rank, rope = sizes.rank, sizes.rope_dims
-    width = g.head_dim + rope
+    width = g.head_dim + (0 if normed else rope)
     return LatentLayer(
         geometry=LatentGeometry(
             hidden=g.hidden,
@@ -175,6 +181,10 @@ def _outlined(
         q_bias=None if layer.q_bias is None else zeros(g.heads, width),
         k_rope_bias=None if layer.k_bias is None else zeros(rope),
         o_bias=zeros(g.hidden) if constants else None,
+        q_rope=zeros(g.heads, rope, g.head_dim) if normed else None,
+        k=layer.k if normed else None,
+        q_norm=layer.q_norm,
+        q_norm_bias=layer.q_norm_bias,
         planes=planes,
         scale=scale,
     )
@@ -287,6 +297,7 @@ def _cache(
         layers=facts.layers,
         rank=[own.rank for own in sizes],
         rope_dim=[own.rope_dims for own in sizes],
+        scales=facts.key_scales,
         sources=sources,
         windows=facts.windows if facts.family.windows.cached else None,
         bytes_per_value=facts.bytes_per_value(recipe.dtype),

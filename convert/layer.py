@@ -96,6 +96,8 @@ class AttentionLayer:
         k_norm: [D] if shared by the heads, else [Hkv, D].
         q_norm_bias: Like ``q_norm``; only a LayerNorm has one.
         k_norm_bias: Like ``k_norm``.
+        q_map: [H, D', D] what query heads are multiplied by after their norm; only the expanded
+            form of a latent layer has it.
         rope: Rotary positions; None where the method does not need them.
     """
 
@@ -112,6 +114,7 @@ class AttentionLayer:
     k_norm: Tensor | None = None
     q_norm_bias: Tensor | None = None
     k_norm_bias: Tensor | None = None
+    q_map: Tensor | None = None
     rope: Rope | None = None
 
 
@@ -129,23 +132,36 @@ class LatentGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentLayer:
-    """Multi-head latent attention of one layer (arXiv:2405.04434, section 2.1), without norms.
+    """Multi-head latent attention of one layer (arXiv:2405.04434, section 2.1).
 
-    An input x gives every token one latent ``c = latent x`` and one rotary key ``r = RoPE(k_rope x
-    + k_rope_bias)``, which is all that is cached. Query head h, ``q_h = q x + q_bias``, scores a
-    token with ``scale * (q_h[:Dn] . (k_up_h c) + RoPE(q_h[Dn:]) . r)`` and reads ``v_up_h c``.
+    An input x gives every token one latent ``c = latent x + latent_bias`` and one rotary key ``r =
+    RoPE(k_rope x + k_rope_bias)``, which is all that is cached. Query head h, ``q_h = q x +
+    q_bias``, scores a token with ``scale * (q_h[:Dn] . (k_up_h c) + RoPE(q_h[Dn:]) . r)`` and reads
+    ``v_up_h c``.
+
+    Where queries and keys have a norm (``q_rope`` is there), latent and rotary key are those of
+    keys without it. Its factor s on the keys ``k x + k_bias``, one over their root mean square or
+    standard deviation, is one number for each KV head, or for all, and is cached too. Queries have
+    the norm, ``n_h = norm(q x + q_bias)``, and the score is ``scale * s * (n_h . (k_up_h c) +
+    RoPE(q_rope_h n_h) . r)``.
 
     Args:
         geometry: Sizes.
-        q: [H, Dn + Dr, E].
+        q: [H, Dn + Dr, E]; with norms [H, Dn, E].
         latent: [R, E].
         k_rope: [Dr, E]; pair i is dims (2i, 2i + 1).
         k_up: [H, Dn, R].
         v_up: [H, Dv, R].
         o: [E, H, Dv].
-        q_bias: [H, Dn + Dr].
+        q_bias: [H, Dn + Dr]; with norms [H, Dn].
+        latent_bias: [R].
         k_rope_bias: [Dr].
         o_bias: [E].
+        q_rope: [H, Dr, Dn], only with norms, like all that follow.
+        k: [Hkv, Dn, E].
+        k_bias: [Hkv, Dn].
+        q_norm: As in ``AttentionLayer``.
+        q_norm_bias: Same.
         planes: For each pair of the rotary key the RoPE plane of the source whose frequency it
             has; Dr / 2 numbers, in any order and any number of times.
         scale: Factor on the scores.
@@ -159,7 +175,13 @@ class LatentLayer:
     v_up: Tensor
     o: Tensor
     q_bias: Tensor | None = None
+    latent_bias: Tensor | None = None
     k_rope_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    q_rope: Tensor | None = None
+    k: Tensor | None = None
+    k_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    q_norm_bias: Tensor | None = None
     planes: tuple[int, ...]
     scale: float

@@ -149,7 +149,7 @@ def make_plan(
         method=method,
         target=target,
         sources=sources,
-        before=facts.cache(),
+        before=scheme.before or facts.cache(),
         after=scheme.cache,
         source_bytes=sum(info.nbytes for info in tensors.values()),
         peak_ram=working + (_TRANSFORMERS_RAM if loads_transformers else RUNTIME_RAM),

@@ -14,6 +14,7 @@ from kvpatch.errors import UsageError
 
 __all__ = [
     "ClaRecipe",
+    "ExportRecipe",
     "GqaRecipe",
     "MlaRecipe",
     "MqaRecipe",
@@ -55,6 +56,13 @@ TargetName = Literal["native", "kvpatch"]
 TARGET = Field(
     None, description="Class of transformers or of kvpatch; the former where one holds the result."
 )
+
+Architecture = Annotated[
+    Literal["deepseek_v3", "youtu"], Field(description="Stock class of a native result.")
+]
+Serving = Annotated[
+    bool, Field(description="Write the bias-free form that servers of DeepSeek models load.")
+]
 
 
 class _Conversion(BaseModel):
@@ -207,12 +215,8 @@ class MlaRecipe(_Calibrated):
         None, description="With share: layers that take part, FIRST:END; all if not given."
     )
     target: TargetName | None = TARGET
-    arch: Literal["deepseek_v3", "youtu"] = Field(
-        "deepseek_v3", description="Stock class of a native result."
-    )
-    serving: bool = Field(
-        False, description="Write the bias-free form that servers of DeepSeek models load."
-    )
+    arch: Architecture = "deepseek_v3"
+    serving: Serving = False
 
     @property
     def kv_heads(self) -> None:
@@ -273,6 +277,36 @@ class MlaRecipe(_Calibrated):
         return self
 
 
+class ExportRecipe(_Conversion):
+    """Write a model with latents in another form, without changing what it computes."""
+
+    method: Literal["export"] = "export"
+    target: TargetName = Field(description="Class of transformers or of kvpatch.")
+    arch: Architecture = "deepseek_v3"
+    serving: Serving = False
+
+    @property
+    def kv_heads(self) -> None:
+        """A latent has no heads."""
+        return
+
+    @property
+    def merge(self) -> None:
+        """Nothing is merged."""
+        return
+
+    @property
+    def calibration(self) -> None:
+        """Nothing is calibrated."""
+        return
+
+    @model_validator(mode="after")
+    def _form_has_a_class(self) -> Self:
+        if self.target == "kvpatch" and (self.serving or self.arch != "deepseek_v3"):
+            raise ValueError("arch and serving are for native results: give target native")
+        return self
+
+
 def parse_budget(text: str) -> float | tuple[int, int]:
     """A share between 0 and 1 of ``25%``, or rank and rotary dims of ``512+64``.
 
@@ -291,12 +325,13 @@ def parse_budget(text: str) -> float | tuple[int, int]:
     )
 
 
-Recipe = GqaRecipe | MqaRecipe | ClaRecipe | MlaRecipe
+Recipe = GqaRecipe | MqaRecipe | ClaRecipe | MlaRecipe | ExportRecipe
 _BY_METHOD: Mapping[str, type[Recipe]] = {
     "gqa": GqaRecipe,
     "mqa": MqaRecipe,
     "cla": ClaRecipe,
     "mla": MlaRecipe,
+    "export": ExportRecipe,
 }
 
 

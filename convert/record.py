@@ -25,7 +25,7 @@ def manifest_of(
         staging: The finished shards, with the results of their layers.
         sources: Size and sha256 of every source file.
     """
-    source, plan, windows = prepared.source, prepared.plan, prepared.windows
+    source, plan, export = prepared.source, prepared.plan, prepared.export
     results = [result for shard in plan.shards for result in staging.finished[shard.file][1]]
     context = plan.facts.context
     return {
@@ -41,7 +41,7 @@ def manifest_of(
             },
         },
         "recipe": prepared.scheme.result_keys,
-        "calibration": None if windows is None else _text(windows),
+        "calibration": _calibration(prepared),
         "architecture": plan.target.architecture,
         "converted": sorted(plan.method.reads | plan.target.reads),
         "kv_cache": {
@@ -53,13 +53,41 @@ def manifest_of(
         },
         "layers": sorted(results, key=lambda result: result["layer"]),
         "evaluations": [],
+        **({} if export is None else {"lineage": _lineage(export.earlier, sources)}),
     }
+
+
+def _lineage(
+    earlier: Mapping[str, Any] | None, sources: Mapping[str, FileRecord]
+) -> list[dict[str, Any]]:
+    """The conversions before an export, first to last; ``trained`` if weights changed afterwards.
+
+    Args:
+        earlier: Manifest of what is exported; None if it has none.
+        sources: Size and sha256 of its weight files.
+    """
+    if earlier is None:
+        return []
+    recorded = {name: record["sha256"] for name, record in earlier["files"].items()}
+    trained = any(recorded.get(name) != record.sha256 for name, record in sources.items())
+    last = {key: earlier[key] for key in ("source", "recipe", "calibration", "layers")}
+    return [*earlier.get("lineage", []), {**last, "trained": trained}]
+
+
+def _calibration(prepared: Prepared) -> dict[str, Any] | None:
+    """The calibration text; of an export, what was made from it still is."""
+    if prepared.export is not None:
+        earlier = prepared.export.earlier
+        text: dict[str, Any] | None = None if earlier is None else earlier["calibration"]
+        return text
+    return None if prepared.windows is None else _text(prepared.windows)
 
 
 def _sizes(prepared: Prepared) -> dict[str, Any]:
     """What the cache of a layer holds, before and after."""
-    heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
-    sizes = {"kv_heads": [heads, scheme.kv_heads]}
+    scheme, heads = prepared.scheme, prepared.plan.facts.geometry.kv_heads
+    before = None if prepared.export is not None else heads
+    sizes = {"kv_heads": [before, scheme.kv_heads]}
     return sizes if scheme.latent is None else {**sizes, "latent": scheme.latent}
 
 

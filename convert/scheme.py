@@ -13,7 +13,7 @@ from convert.latents import Planes, latent_method, latent_target, refuse_latents
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
-from convert.recipe import ClaRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
+from convert.recipe import ClaRecipe, ExportRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
 from convert.targets import Target, targets_for
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache
@@ -42,7 +42,9 @@ class Scheme:
         kv_heads: KV heads of each layer afterwards; None where it has a latent.
         sources: For each layer the one whose keys and values it reads afterwards.
         sizes: Of the latent of each layer; None if there are none.
+        scales: Factors of keys that are cached beside each latent.
         cache: KV cache of the result.
+        before: KV cache of the source; None where it is that of its KV heads.
         warnings: What the user should know.
     """
 
@@ -52,7 +54,9 @@ class Scheme:
     kv_heads: int | None
     sources: tuple[int, ...]
     sizes: tuple[Sizes, ...] | None = None
+    scales: int = 0
     cache: KVCache
+    before: KVCache | None = None
     warnings: tuple[str, ...]
 
     @property
@@ -71,14 +75,18 @@ class Scheme:
 
     @property
     def latent(self) -> dict[str, int | list[int]] | None:
-        """Sizes of the latents, ``rank`` and ``rope_dims``: of every layer, or a list of them."""
+        """Sizes of the latents, ``rank`` and ``rope_dims``: of every layer, or a list of them.
+
+        With ``key_scales``, the number of factors of keys beside each, if there are any.
+        """
         if self.sizes is None:
             return None
         one = self.sizes[0] if len(set(self.sizes)) == 1 else None
-        return {
+        sizes: dict[str, int | list[int]] = {
             key: getattr(one, key) if one else [getattr(own, key) for own in self.sizes]
             for key in ("rank", "rope_dims")
         }
+        return sizes | ({"key_scales": self.scales} if self.scales else {})
 
 
 def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
@@ -87,6 +95,8 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
     Raises:
         UsageError: If the model does not allow what the recipe asks for.
     """
+    if isinstance(recipe, ExportRecipe):
+        return recipe  # it leaves nothing open
     if facts.family.model_type.startswith(PREFIX):
         raise UsageError(
             f"this {facts.family.model_type} model is a conversion already",
@@ -111,8 +121,18 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
+    normed = facts.qk_norm is not None
+    if normed and recipe.share is not None:
+        raise UsageError(
+            f"--share {recipe.share} does not work here: this {facts.family.model_type} model "
+            "norms its keys, which gives those of each layer a factor of their own, and what is "
+            "shared holds the factors of one layer",
+            hint="Leave --share out, or share keys and values: kvpatch cla.",
+        )
+    refit = recipe.refit or ("none" if recipe.calibration is None else "o" if normed else "qo")
+    _check_query_refit(refit, facts)
     return {
-        "refit": recipe.refit or ("none" if recipe.calibration is None else "qo"),
+        "refit": refit,
         "target": recipe.target if recipe.uneven is None else "kvpatch",
         "layers": recipe.layers if recipe.share is None else recipe.layers or ":",
     }
@@ -130,13 +150,7 @@ def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
             hint="Choose --merge mean or first.",
         )
     refit = recipe.refit or (("o" if normed else "qo") if calibrated else "none")
-    if "q" in refit and (normed or facts.clip is not None):
-        stands = "a norm" if normed else f"the clamp clip_qkv {facts.clip}"
-        raise UsageError(
-            f"--refit {refit} does not work here: {stands} stands between the projections of this "
-            "model and their scores, which are then not linear in them",
-            hint="Choose --refit o.",
-        )
+    _check_query_refit(refit, facts)
     alibi = facts.family.positions == "alibi"
     if recipe.calibration is not None and alibi:
         raise UsageError(
@@ -163,6 +177,18 @@ def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
     elif alibi or normed:  # query heads that stay in their places, or keys that are not matched
         choices["match"] = False
     return choices
+
+
+def _check_query_refit(refit: str, facts: ModelFacts) -> None:
+    normed = facts.qk_norm is not None
+    if "q" not in refit or not (normed or facts.clip is not None):
+        return
+    stands = "a norm" if normed else f"the clamp clip_qkv {facts.clip}"
+    raise UsageError(
+        f"--refit {refit} does not work here: {stands} stands between the projections of this "
+        "model and their scores, which are then not linear in them",
+        hint="Choose --refit o.",
+    )
 
 
 def scheme_of(recipe: Merging, facts: ModelFacts, sources: Sequence[int]) -> Scheme:
@@ -238,6 +264,7 @@ def latent_scheme(
         kv_heads=None,
         sources=tuple(sources),
         sizes=tuple(sizes),
+        scales=facts.key_scales,
         cache=cache,
         warnings=tuple(_latent_warnings(recipe, facts, target, cache)),
     )
@@ -270,6 +297,11 @@ def _latent_warnings(
 ) -> list[str]:
     asked = recipe.target == target.name == "kvpatch" and recipe.uneven is None
     warnings = [] if asked else _class_warnings(facts, target)
+    if facts.qk_norm is not None:
+        warnings.append(
+            f"queries and keys have a norm: its scales are cached too ({facts.key_scales} per "
+            "token and layer), and queries and keys are not refitted"
+        )
     before = facts.cache(dtype=recipe.dtype).bytes_per_token
     if cache.bytes_per_token >= before:
         warnings.append(

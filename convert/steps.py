@@ -114,7 +114,7 @@ class Steps:
         for layer in unit:
             yield from tensor_names(self.facts.family, self.facts.geometry, layer, reads)
             prefix = self.facts.family.layer_prefix.format(layer=layer)
-            yield from (prefix + name for name in self.target.folds)
+            yield from (prefix + name for name in (*self.method.tensors, *self.target.folds))
 
     def _whole(self, name: str, info: TensorInfo) -> Step:
         """The step of a tensor that no layer takes."""

@@ -20,8 +20,8 @@ from convert.methods.attended import Attended, attended, presumed
 from convert.methods.budget import Prospect
 from convert.methods.cut import Selection, kept_components, lost_without_turn
 from convert.methods.fitting import second_moments
-from convert.methods.joint import Joint, joint, shares_of, together
-from convert.methods.latent import factored, still_keys, value_gram
+from convert.methods.joint import Joint, factored_jointly, joint, shares_of, together
+from convert.methods.latent import still_keys
 from convert.steps import units_of
 from convert.streams import observe, threads_for
 from convert.targets.dense_blocks import stock_config
@@ -29,7 +29,7 @@ from convert.targets.rope_tables import rope_table
 
 __all__ = ["Survey", "survey"]
 
-_READS = frozenset({"q", "k", "v", "o"})
+_READS = frozenset({"q", "k", "v", "o", "q_norm", "k_norm"})
 # a score is the real part of a complex product, half of its energy; but a lost rotation costs more
 # than a lost direction of the same measured energy, and refits repair less of it (measured: at a
 # sixteenth of the cache half of the loss, against a factor of 1)
@@ -107,7 +107,8 @@ def _measured(
                 layers.append(read_attention(checkpoint, facts, number, _READS, torch.float32))
                 observed, stream = observe(facts, number, layers[-1], decoder, stream)
                 seen.append(observed)
-            found = joint(layers, second_moments([s.inputs for s in seen]), shares_of(seen))
+            inputs = second_moments([one.inputs for one in seen])
+            found = joint(layers, inputs, shares_of(seen), facts.qk_norm)
             powers = [float((s.before + s.outputs).square().sum(-1).mean()) for s in seen]
             parts = [
                 attended(one, found.mixed_for(place), read=seen[0].inputs)
@@ -121,20 +122,21 @@ def _measured(
 def _presumed(
     checkpoint: Checkpoint, facts: ModelFacts, units: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[Joint, Attended, float | None]]:
-    frequencies = torch.zeros(0)
-    if any(rope.dim for rope in facts.ropes):
-        frequencies = rope_table(facts, stock_config(facts)).short
+    stock = stock_config(facts) if any(rope.dim for rope in facts.ropes) else None
     for unit in units:
+        turns = facts.ropes[unit[0]].dim > 0
+        frequencies = rope_table(facts, stock, unit[0]).short if turns else torch.zeros(0)
         layers = [read_attention(checkpoint, facts, n, _READS, torch.float32) for n in unit]
-        found = joint(layers, None, [1.0] * len(unit))
+        found = joint(layers, None, [1.0] * len(unit), facts.qk_norm)
         parts = [
             presumed(
                 layer,
                 found.rows_of(place),
                 found.mixed_for(place),
                 found.energy_of(place),
-                frequencies[: found.rows.planes],
+                frequencies,
                 context=min(facts.context, _LONGEST),
+                factors=found.factors,
             )
             for place, layer in enumerate(layers)
         ]
@@ -163,14 +165,8 @@ def _prospect(
     turning, spectra = {}, {}
     for count in dict.fromkeys(min(count, cut.numel()) for count in pairs):
         (kept,) = kept_components([cut], count, selection, common=False)
-        spectra[count] = factored(
-            still_keys(unit.rows, unit.mixed, seen.turn, kept, 1.0),
-            unit.rows.v,
-            key_metric=seen.queries,
-            value_gram=value_gram(unit.layer, seen.values),
-            moment=unit.moment,
-            rank=1,
-        ).spectrum
+        still = still_keys(unit.rows, unit.mixed, seen.turn, kept, 1.0)
+        spectra[count] = factored_jointly(unit, seen, still, 1, centred=True).spectrum
         turning[count] = (1 if power is None else _TURNING) * float(cut[~kept].sum())
     whole = max((float(spectrum.sum()) for spectrum in spectra.values()), default=0.0)
     whole += float(seen.energy.sum())

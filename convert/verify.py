@@ -16,6 +16,7 @@ from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts, check_shapes, has_latents, read_facts
 from convert.families import tensor_names
+from convert.latent_source import latent_source
 from convert.loading import load_model, load_tokenizer, quiet_transformers
 from convert.targets.deepseek import deepseek_class
 from convert.targets.target import layer_and_rest
@@ -165,13 +166,18 @@ def _tokens(folder: Path, source: Path) -> str:
 
 def _untouched(folder: Path, source: Path) -> str:
     with Checkpoint(folder) as new, Checkpoint(source, allow_pickle=True) as old:
-        facts = read_facts(old.config)
-        parts = read_manifest(folder)["converted"]
-        converted = {
-            name
-            for layer in range(facts.layers)
-            for name in tensor_names(facts.family, facts.geometry, layer, parts)
-        }
+        if has_latents(old.config):  # an export
+            latents = latent_source(old)
+            facts = latents.facts
+            converted = {name for layer in range(facts.layers) for name in latents.names(layer)}
+        else:
+            facts = read_facts(old.config)
+            parts = read_manifest(folder)["converted"]
+            converted = {
+                name
+                for layer in range(facts.layers)
+                for name in tensor_names(facts.family, facts.geometry, layer, parts)
+            }
         if read_manifest(folder)["recipe"].get("dtype"):
             raise _SkippedError("all weights were cast")
         copied = _copied(facts, new.config)
@@ -306,6 +312,7 @@ def _planned_cache(config: Mapping[str, Any]) -> KVCache:
         layers=facts.layers,
         rank=config["kv_lora_rank"],
         rope_dim=[2 * len(pairs) for pairs in planes],
+        scales=facts.key_scales,
         sources=config.get("kv_source_layers"),
         windows=facts.windows if facts.family.windows.cached else None,
     )

@@ -79,7 +79,10 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "method": prepared.recipe.method,
         "merge": prepared.recipe.merge,
         "class": plan.target.architecture,
-        "kv_heads": [facts.geometry.kv_heads, prepared.scheme.kv_heads],
+        "kv_heads": [
+            facts.geometry.kv_heads if prepared.export is None else None,
+            prepared.scheme.kv_heads,
+        ],
         "latent": _latent(prepared),
         "kv_source_layers": list(plan.sources),
         "kv_bytes_per_token": [plan.before.bytes_per_token, plan.after.bytes_per_token],
@@ -114,7 +117,7 @@ def _added(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
-    """Sizes of a conversion to latents, and which servers load it."""
+    """Sizes of the latents of a result, and which servers load it."""
     sizes = prepared.scheme.latent
     if sizes is None:
         return None
@@ -137,7 +140,11 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
         [
             ("KV heads per layer", str(heads[0]), str(heads[1]))
             if latent is None
-            else ("cached in a layer", f"{heads[0]} KV heads", _sizes(latent)),
+            else (
+                "cached in a layer",
+                _sizes(latent) if heads[0] is None else f"{heads[0]} KV heads",
+                _sizes(latent),
+            ),
             ("KV cache per token", format_bytes(token[0]), format_bytes(token[1])),
             (
                 f"KV cache of {data['context']:,} tokens",
@@ -168,11 +175,11 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _sizes(latent: Mapping[str, Any]) -> str:
+    scales = f", scales of keys {latent['key_scales']}" if "key_scales" in latent else ""
     if isinstance(latent["rank"], int):
-        return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
-    return "latent and rotary key of each layer: " + ", ".join(
-        f"{rank}+{rope}" for rank, rope in zip(latent["rank"], latent["rope_dims"], strict=True)
-    )
+        return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}{scales}"
+    each = (f"{own}+{rope}" for own, rope in zip(latent["rank"], latent["rope_dims"], strict=True))
+    return f"latent and rotary key of each layer: {', '.join(each)}{scales}"
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

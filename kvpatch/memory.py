@@ -2,8 +2,9 @@
 
 A layer of plain attention stores ``kv_heads * (head_dim + value_dim)`` numbers per token; a layer
 that reads the keys and values of another stores none (CLA, arXiv:2405.12981); a latent layer stores
-``rank + rope_dim`` (MLA, arXiv:2405.04434 section 2.1); a sliding-window layer stops growing at its
-window. Sizes are in bytes, decimal units (1 MB = 10**6 bytes).
+``rank + rope_dim`` (MLA, arXiv:2405.04434 section 2.1), and the scales of its keys where these have
+a norm; a sliding-window layer stops growing at its window. Sizes are in bytes, decimal units
+(1 MB = 10**6 bytes).
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def latent_cache(
     layers: int,
     rank: int | Sequence[int],
     rope_dim: int | Sequence[int],
+    scales: int = 0,
     sources: Sequence[int] | None = None,
     windows: Sequence[int | None] | None = None,
     bytes_per_value: int = 2,
@@ -89,6 +91,7 @@ def latent_cache(
         layers: Number of decoder layers.
         rank: Width of the latent, of all layers or of each.
         rope_dim: Width of the rotary key, of all layers or of each.
+        scales: Numbers beside them, factors of the keys where these have a norm.
         sources: For each layer the one whose latents it reads; None if all have their own.
         windows: As in ``multi_head_cache``.
         bytes_per_value: Width of a stored number.
@@ -96,7 +99,7 @@ def latent_cache(
     ranks, ropes = (
         [width] * layers if isinstance(width, int) else width for width in (rank, rope_dim)
     )
-    own = [one + other for one, other in zip(ranks, ropes, strict=True)]
+    own = [one + other + scales for one, other in zip(ranks, ropes, strict=True)]
     return _cache(own, sources, windows, bytes_per_value)
 
 

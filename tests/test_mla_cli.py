@@ -312,7 +312,8 @@ def test_inspect_names_the_command_and_the_class(source: Source, tmp_path: Path)
         "phi": "KvpatchPhiForCausalLM",
         "gpt2": "KvpatchGPT2ForCausalLM",
         "mistral:window": "KvpatchMistralForCausalLM",
-        "qwen3": None,
+        "qwen3": "KvpatchQwen3ForCausalLM",
+        "persimmon": None,
         "bloom": None,
         "mixtral": None,
     }

@@ -16,15 +16,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 _REFUSED_MODELS = {
-    "qwen3": "have a norm",
-    "olmo2": "have a norm",
-    "gemma3_text": "have a norm",
-    "stablelm:norm-bias": "have a norm",
+    "persimmon": "the norm of its keys adds a bias",
+    "phi:norm-tied": "the norm of its keys adds a bias",
     "olmo:bias-clip": "clip_qkv 0.7",
     "gemma2": "softcap of 0.9",
     "bloom": "ALiBi",
     "falcon": "ALiBi",
     "mixtral": "no class with latent attention holds a mixtral model",
+    "qwen3_moe": "no class with latent attention holds a qwen3_moe model",
 }
 
 
@@ -43,6 +42,8 @@ def test_models_that_latents_cannot_hold_are_refused_by_name(
 _NATIVE = ("--target", "native", *SMALL)
 _SERVING = ("--serving", "--rope-select", "stride")
 _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "norm": ("qwen3", _NATIVE, "holds this qwen3 model: it normalises queries and keys"),
+    "norm-rank": ("qwen3", ("--rank", 50, "--rope-dims", 2), "width of 48 and one constant"),
     "window": ("mistral:window", _NATIVE, "it has sliding windows"),
     "qwen2-window": ("qwen2:window-tied", _NATIVE, "it has sliding windows"),
     "block": ("phi", _NATIVE, "the block of phi is not"),
@@ -87,6 +88,11 @@ _REFUSED_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
         "llama",
         (*SMALL, "--share", 2, "--target", "native"),
         "classes of transformers: in them every layer has a latent of its own",
+    ),
+    "shared-norm": (
+        "qwen3",
+        (*SMALL, "--share", 2),
+        "--share 2 does not work here: this qwen3 model norms its keys",
     ),
     "shared-arch": ("llama", (*SMALL, "--share", 2, "--arch", "youtu"), "with arch youtu"),
     "shared-by-one": ("llama", (*SMALL, "--share", 1), "share: "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,18 @@ def test_a_file_named_like_the_output_and_lock_is_left_alone(
     convert(make_recipe(_recipe(demo_model, tmp_path / "poetry")))
     assert (tmp_path / "poetry.lock").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["poetry", "poetry.lock"]
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(31, True), (32, False)])
+def test_few_calibration_tokens_are_counted(demo_model: Path, samples: int, warned: bool) -> None:
+    """The demo model has 128 input dims: 8 tokens for each are 32 windows of 32."""
+    values = {"method": "gqa", "kv_heads": 4, "merge": "svd", "source": str(demo_model)}
+    text = resources.files("convert").joinpath("assets/demo-calibration.txt")
+    calibration = {"calibration": str(text), "samples": samples, "context": 32}
+    with prepare(make_recipe({**values, **calibration})) as prepared:
+        few = [warning for warning in prepared.warnings if "are few" in warning]
+    assert bool(few) == warned
+    if warned:
+        assert few[0].startswith("992 calibration tokens are few for 128 input dims")
+        assert "with less than 1,024" in few[0]
+        assert few[0].endswith("give --samples 32 or --refit none")

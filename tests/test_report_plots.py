@@ -151,3 +151,30 @@ def test_labels_do_not_overlap(draw: Any, tmp_path: Path) -> None:
         assert edge.y0 <= box.y0
         assert box.y1 <= edge.y1
         assert not any(box.overlaps(axes.get_tightbbox(renderer)) for axes in figure.axes)
+
+
+_NAMES = {
+    "模型": r"\u6a21\u578b",
+    "модель-é": "модель-é",
+    "ملف": "ملف",
+    "🙂": r"\U0001f642",
+    "千問-2.5-七十二億-指令-長文脈-量子化": r"\u5343\u554f-2.5-…\u5b50\u5316",
+    "a" * 40: "a" * 17 + "…" + "a" * 17,
+}
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_names_in_any_script_are_drawn(tmp_path: Path, name: str) -> None:
+    """Every glyph is there, else matplotlib warns, and warnings are errors here."""
+    folder = write(tmp_path / name, manifest(shared=True, evaluations=[evaluation(0.5, name)]))
+    conversion = read_conversions([folder])[0]
+    pictures = {
+        "pareto": lambda: plots.pareto(pareto_rows([conversion])),
+        "lost": lambda: plots.lost_energy(conversion),
+        "similar": lambda: plots.similarity(conversion),
+    }
+    for draw in pictures.values():
+        assert plots.render(draw).keys() == {"png", "svg"}
+    (panel,) = pictures["pareto"]().axes
+    assert panel.get_title().splitlines()[0] == _NAMES[name]
+    assert _NAMES[name] in {line.get_label() for line in panel.lines}

@@ -64,11 +64,15 @@ def test_a_plan_says_what_the_result_is(
 
 
 def test_a_plan_for_people(source: Source, tmp_path: Path) -> None:
-    uneven = mla(source("llama"), tmp_path / "out", *_UNEVEN, "--dry-run")
-    assert "latent and rotary key of each layer: " in uneven.out
+    plain = mla(source("llama"), tmp_path / "out", *_UNEVEN, "--dry-run")
+    assert "latent and rotary key of each layer: " in plain.out
     shared = mla(source("llama"), tmp_path / "out", *_SHARED, "--dry-run")
     assert "latent of 24, rotary key of 8" in shared.out
     assert "layers that share: 0-1" in shared.out
+    uneven = ("--kv-budget", "50%", "--per-layer")
+    normed = mla(source("qwen3"), tmp_path / "out", *uneven, "--dry-run")
+    assert "latent and rotary key of each layer: " in normed.out
+    assert ", scales of keys 4" in normed.out
 
 
 def test_a_recipe_gives_the_bytes_of_its_flags(source: Source, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             terminated = isinstance(interrupt, Terminated)
             what = "terminated" if terminated else "interrupted"
             hint = None
-            if function.__name__ in {"gqa", "mqa", "cla", "run"}:
+            if function.__name__ in {"gqa", "mqa", "cla", "mla", "export", "run"}:
                 hint = "Finished shards are kept; run the same command again to continue."
             raise typer.Exit(_report(what, hint, 143 if terminated else 130, debug)) from None
         except BrokenPipeError:  # the reader of stdout went away, as `| head` does

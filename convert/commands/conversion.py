@@ -12,6 +12,7 @@ from convert.commands.boundary import command
 from convert.commands.flags import (
     AllowNonfinite,
     AllowPickle,
+    Arch,
     CalibrationText,
     Context,
     Debug,
@@ -29,6 +30,7 @@ from convert.commands.flags import (
     Revision,
     Samples,
     Seed,
+    Serving,
     ShardSize,
     Source,
     TargetClass,
@@ -39,7 +41,7 @@ from convert.console import Console
 if TYPE_CHECKING:
     from convert.recipe import Recipe
 
-__all__ = ["cla", "gqa", "mla", "mqa", "run"]
+__all__ = ["cla", "export", "gqa", "mla", "mqa", "run"]
 
 
 @command
@@ -196,12 +198,8 @@ def mla(
     seed: Seed = 0,
     device: Device = "cpu",
     target: TargetClass = None,
-    arch: Annotated[
-        str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")
-    ] = "deepseek_v3",
-    serving: Annotated[
-        bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
-    ] = False,
+    arch: Arch = "deepseek_v3",
+    serving: Serving = False,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
@@ -226,6 +224,41 @@ def mla(
         kvpatch mla ./llama-2-7b ./out --kv-budget 5% --share 2 --calibration train.txt
     """
     _convert(_recipe("mla", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+@command
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="OUT", help="A result of kvpatch mla, trained or not.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="NEW", help="Folder to make; must not exist.")],
+    target: Annotated[
+        str, typer.Option(help="Class to write: native (of transformers) or kvpatch.")
+    ],
+    arch: Arch = "deepseek_v3",
+    serving: Serving = False,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model with latents for another class; it computes the same.
+
+    \b
+    Examples:
+        kvpatch export ./llama-2-7b-mla ./to-train --target kvpatch
+        kvpatch export ./trained ./to-serve --target native --serving
+    """
+    _convert(_recipe("export", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
 
 
 @command

@@ -9,6 +9,7 @@ import typer
 __all__ = [
     "AllowNonfinite",
     "AllowPickle",
+    "Arch",
     "CalibrationText",
     "Context",
     "Debug",
@@ -26,6 +27,7 @@ __all__ = [
     "Revision",
     "Samples",
     "Seed",
+    "Serving",
     "ShardSize",
     "Source",
     "TargetClass",
@@ -53,6 +55,10 @@ TargetClass = Annotated[
     typer.Option(
         "--target", help="Class to write: native (of transformers, where one fits) or kvpatch."
     ),
+]
+Arch = Annotated[str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")]
+Serving = Annotated[
+    bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Dtype = Annotated[

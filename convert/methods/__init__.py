@@ -33,6 +33,8 @@ class Method:
         convert: The unit's new form, from the unit and the second moments of its inputs, which
             are None where nothing was calibrated. None where it takes more than the unit itself,
             and a ``Converting`` or the like makes it.
+        tensors: Further tensors of a layer that it takes, by their names inside the layer; for
+            layers that no row of the family table describes.
         working_bytes: Memory that ``convert`` takes beside the unit before and after, from the
             bytes of the unit's largest tensor.
     """
@@ -42,3 +44,4 @@ class Method:
     convert: Callable[[Sequence[AttentionLayer], Inputs | None], Converted] | None
     working_bytes: Callable[[int], int]
     outlines: Mapping[int, Outline] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()

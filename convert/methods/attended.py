@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer
-from convert.methods.attention import project, weights
+from convert.methods.attention import key_factors, project, projected_queries, weights
 from convert.methods.fitting import Observed
 from convert.methods.mixing import Mixed, Rows
 
@@ -78,11 +78,12 @@ def attended(
         chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
         attention = _weights(window)[:, chosen]
         importance = _importance(window, attention, chosen) if by_output else attention
+        importance = importance * _key_powers(window)
         parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(kind) @ rows.mT
         power = parts.abs().square().view(len(parts), planes, count)
         spun = power * turn[..., None]
         stacked = torch.cat([power, spun.real, spun.imag], 1).flatten(1)
-        query = project(layer.q, layer.q_bias, window.inputs)[0][:, chosen]
+        query = projected_queries(layer, window.scoring, window.inputs)[0][:, chosen]
         for head in range(heads):
             read = (importance[head] @ stacked).view(len(chosen), 3, planes, count)
             size = query[head, :, : 2 * planes].square().reshape(len(chosen), planes, 2).sum(-1)
@@ -108,6 +109,7 @@ def presumed(
     frequencies: Tensor,
     *,
     context: int,
+    factors: Tensor | None = None,
 ) -> Attended:
     """What is assumed where no text is at hand.
 
@@ -121,13 +123,15 @@ def presumed(
         weights: [H, P] energy of the queries in each plane.
         frequencies: [P] radians per token.
         context: Longest distance, in tokens.
+        factors: [H] mean square of what norms multiply scores by; None if there are none.
     """
     distance = torch.arange(context, dtype=torch.float64)
     share = 1 / (1 + distance)
     angle = distance[:, None] * frequencies.double()
     mean = (share[:, None] * torch.polar(torch.ones_like(angle), -angle)).sum(0) / share.sum()
     maps = mixed.maps.abs().square().repeat_interleave(layer.geometry.group, 0)
-    metric = rows.q @ rows.q.mT
+    factors = weights.new_ones(len(weights)) if factors is None else factors
+    metric = rows.q @ rows.q.mT * factors[:, None, None]
     own = rows.k.repeat_interleave(layer.geometry.group, 0)
     keys = torch.einsum("hde,hdf,hfe->", own, metric, own)
     assert layer.o is not None
@@ -137,7 +141,7 @@ def presumed(
     balance = keys / outputs.square().sum()
     heads = layer.geometry.heads
     return Attended(
-        maps * weights[..., None],
+        maps * (weights * factors[:, None])[..., None],
         mean[:, None].expand(heads, *mixed.energy.shape),
         metric,
         balance * torch.eye(heads, dtype=torch.float64),
@@ -153,6 +157,16 @@ def _weights(window: Observed) -> Tensor:
     """Attention weights [H, T, T]."""
     heads = range(window.layer.geometry.heads)
     return weights(window.scores(heads), window.scoring)[0]
+
+
+def _key_powers(window: Observed) -> Tensor:
+    """Square of the factor [H or 1, 1, T] that a norm has on the keys of each query head."""
+    layer, scoring = window.layer, window.scoring
+    assert layer.k is not None
+    if scoring.norm is None:
+        return torch.ones_like(window.inputs[..., 0])[:, None]
+    factors = key_factors(scoring.norm, scoring.norm_eps, layer.k, layer.k_bias, window.inputs)[0]
+    return factors.square().repeat_interleave(layer.geometry.heads // len(factors), 0)[:, None]
 
 
 def _importance(window: Observed, attention: Tensor, chosen: Tensor) -> Tensor:

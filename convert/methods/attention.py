@@ -19,10 +19,12 @@ from convert.planes import planes_of
 __all__ = [
     "Scoring",
     "attend",
+    "key_factors",
     "keys",
     "logits",
     "plane_order",
     "project",
+    "projected_queries",
     "queries",
     "rotate",
     "values",
@@ -94,10 +96,15 @@ def project(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
 
 def queries(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
     """Rotated queries [N, H, T, D] of inputs [N, T, E]."""
+    return rotate(projected_queries(layer, scoring, inputs), scoring.turn)
+
+
+def projected_queries(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
+    """Queries [N, H, T, D] of inputs [N, T, E] as they are before rotation."""
     assert layer.q is not None
     heads = project(layer.q, layer.q_bias, inputs)
     heads = _between(heads, scoring, layer.q_norm, layer.q_norm_bias)
-    return rotate(heads, scoring.turn)
+    return heads if layer.q_map is None else heads @ layer.q_map.mT
 
 
 def keys(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
@@ -106,6 +113,21 @@ def keys(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
     heads = project(layer.k, layer.k_bias, inputs)
     heads = _between(heads, scoring, layer.k_norm, layer.k_norm_bias)
     return rotate(heads, scoring.turn)
+
+
+def key_factors(
+    norm: QkNorm, eps: float, weight: Tensor, bias: Tensor | None, inputs: Tensor
+) -> Tensor:
+    """What the norm multiplies keys by, [N, Hkv or 1, T], beside its weight.
+
+    Args:
+        norm: Of the layer.
+        eps: Its epsilon.
+        weight: [Hkv, D, E] key projection.
+        bias: [Hkv, D].
+        inputs: [N, T, E].
+    """
+    return _centred_and_factor(project(weight, bias, inputs), norm, eps)[1].squeeze(3)
 
 
 def values(layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
@@ -155,12 +177,18 @@ def _between(heads: Tensor, scoring: Scoring, weight: Tensor | None, bias: Tenso
     """Norm and clamp between projection and rotation of heads [N, H, T, D]."""
     norm = scoring.norm
     if norm is not None and weight is not None:
-        over = (1, 3) if norm.layout == "full" else (3,)
-        if norm.formula == "layer":
-            heads = heads - heads.mean(over, keepdim=True)
-        heads = heads * (heads.square().mean(over, keepdim=True) + scoring.norm_eps).rsqrt()
+        heads, factor = _centred_and_factor(heads, norm, scoring.norm_eps)
+        heads = heads * factor
         scale = weight + 1 if norm.formula == "rms_plus_one" else weight
         heads = heads * (scale if norm.layout == "shared" else scale[:, None])
         if bias is not None:
             heads = heads + (bias if norm.layout == "shared" else bias[:, None])
     return heads if scoring.clip is None else heads.clamp(-scoring.clip, scoring.clip)
+
+
+def _centred_and_factor(heads: Tensor, norm: QkNorm, eps: float) -> tuple[Tensor, Tensor]:
+    """Heads [N, H, T, D] without their mean if the norm takes it out, and its factor."""
+    over = (1, 3) if norm.layout == "full" else (3,)
+    if norm.formula == "layer":
+        heads = heads - heads.mean(over, keepdim=True)
+    return heads, (heads.square().mean(over, keepdim=True) + eps).rsqrt()

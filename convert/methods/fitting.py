@@ -78,6 +78,10 @@ class Observed:
         assert layer.q is not None
         assert layer.k is not None
         chosen, read = list(heads), [head // layer.geometry.group for head in heads]
+        if self.scoring.norm is not None:  # it may take the heads together
+            query = queries(layer, self.scoring, self.inputs)[:, chosen]
+            key = keys(layer, self.scoring, self.inputs)[:, read]
+            return logits(query, key, self.scoring)
         part = dataclasses.replace(
             layer,
             q=layer.q[chosen],

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer, LatentLayer
+from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attended import Attended
 from convert.methods.fitting import Observed
-from convert.methods.latent import Factored, value_gram
+from convert.methods.latent import Factored, factored, value_gram
 from convert.methods.merge import Inputs, augmented, prediction
 from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
+from convert.methods.normed import factored_whole, mean_factors
 
 __all__ = [
     "Joint",
     "complete",
+    "factored_jointly",
     "joint",
     "lost_in_latent",
     "lost_with_turn",
@@ -52,7 +54,8 @@ class Joint:
         rows: Of ``layer``.
         mixed: Its keys as components.
         moment: [E', E'] second moment of the first one's input.
-        query_energy: [H, P] of all query heads.
+        query_energy: [H, P] of all query heads, without the factor of their norm.
+        factors: [H] mean square of what norms multiply scores by; None if there are none.
     """
 
     layers: tuple[AttentionLayer, ...]
@@ -61,6 +64,7 @@ class Joint:
     mixed: Mixed
     moment: Tensor
     query_energy: Tensor
+    factors: Tensor | None
 
     def member(self, place: int) -> AttentionLayer:
         """One of the layers, with keys and values that read the first one's input."""
@@ -99,7 +103,10 @@ def white(hidden: int) -> Tensor:
 
 
 def joint(
-    layers: Sequence[AttentionLayer], inputs: Inputs | None, shares: Sequence[float]
+    layers: Sequence[AttentionLayer],
+    inputs: Inputs | None,
+    shares: Sequence[float],
+    norm: QkNorm | None = None,
 ) -> Joint:
     """A unit of layers as one.
 
@@ -107,9 +114,10 @@ def joint(
         layers: With q, k, v, o and ``rope``; the first one produces.
         inputs: Second moments of their inputs; None takes them as equal and white.
         shares: How much the scores of each layer count beside those of the others.
+        norm: Of queries and keys; only one layer alone can have it.
     """
     layer = stacked(layers, inputs)
-    rows = rows_of(layer)
+    rows = rows_of(layer, norm)
     moment = white(layer.geometry.hidden)
     moments = [moment] * len(layers) if inputs is None else list(inputs.own)
     energy = torch.cat(
@@ -121,10 +129,12 @@ def joint(
     weights = torch.tensor(shares, dtype=torch.float64).repeat_interleave(
         len(energy) // len(layers)
     )
+    factors = None if norm is None else mean_factors(layer, norm, moments[0])
+    weights = weights if factors is None else weights * factors
     members = weights[:, None] * energy
     members = members.reshape(layer.geometry.kv_heads, layer.geometry.group, -1).sum(1)
     found = mixed(rows, moments[0], members)
-    return Joint(tuple(layers), layer, rows, found, moments[0], energy)
+    return Joint(tuple(layers), layer, rows, found, moments[0], energy, factors)
 
 
 def stacked(layers: Sequence[AttentionLayer], inputs: Inputs | None) -> AttentionLayer:
@@ -184,6 +194,29 @@ def together(
     )
 
 
+def factored_jointly(
+    unit: Joint, attended: Attended, keys: Tensor, rank: int, *, centred: bool
+) -> Factored:
+    """The latent that keeps the most of the keys and values of a unit.
+
+    Args:
+        unit: The layers.
+        attended: What attention makes of their keys.
+        keys: [H, D, E'] without rotation, of all heads.
+        rank: R.
+        centred: Leave constants out of the latent, unless a norm makes those of keys count.
+    """
+    factor = partial(factored, centred=centred) if unit.factors is None else factored_whole
+    return factor(
+        keys,
+        unit.rows.v,
+        key_metric=attended.queries,
+        value_gram=value_gram(unit.layer, attended.values),
+        moment=unit.moment,
+        rank=rank,
+    )
+
+
 def parts_of(factors: Factored, count: int) -> list[Factored]:
     """A factorisation of a unit, as each of its layers reads it."""
     parts = [getattr(factors, name).chunk(count) for name in ("k_up", "v_up", "v_constant")]
@@ -218,13 +251,15 @@ def lost_in_latent(
         factors: The latent, white on the inputs, and its maps.
         centred: Whether constants are left out of it.
     """
-    count, moment = len(unit.layers), unit.moment
-    mean = moment[:-1, -1:] if centred else 0 * moment[:-1, -1:]
-    covariance = moment[:-1, :-1] - mean * mean.mT
+    count, used = len(unit.layers), factors.latent.shape[1]  # with norms it reads the constant too
+    moment = unit.moment[:used, :used]
+    if centred and used < len(unit.moment):
+        mean = unit.moment[:used, -1:]
+        moment = moment - mean * mean.mT
     gram, identity = value_gram(unit.layer, attended.values), torch.eye(len(factors.latent))
     width, found = len(gram) // count, []
-    wholes = [(keys[..., :-1], unit.rows.v[..., :-1], covariance)]
-    wholes += [(factors.k_up, factors.v_up, identity.to(covariance))]
+    wholes = [(keys[..., :used], unit.rows.v[..., :used], moment)]
+    wholes += [(factors.k_up, factors.v_up, identity.to(moment))]
     for place in range(count):
         block = slice(place * width, (place + 1) * width)
         metric = attended.queries.chunk(count)[place]

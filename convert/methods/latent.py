@@ -25,6 +25,7 @@ __all__ = [
     "embedded",
     "factored",
     "latent_form",
+    "output_bias",
     "still_keys",
     "value_gram",
     "with_idle_pairs",
@@ -174,20 +175,20 @@ def latent_form(
         o=o,
         q_bias=None if layer.q_bias is None else q[..., -1],
         k_rope_bias=None if layer.k_bias is None else k_rope[:, -1],
-        o_bias=_output_bias(layer, o, factored.v_constant[own]),
+        o_bias=output_bias(layer, factored.v_constant[own]),
         planes=tuple(planes.tolist()),
         scale=scale,
     )
 
 
-def _output_bias(layer: AttentionLayer, o: Tensor, constants: Tensor) -> Tensor | None:
+def output_bias(layer: AttentionLayer, constants: Tensor) -> Tensor | None:
     """[E] of the output with the constants [H, Dv] of the values; None if there are none at all.
 
     A bias of zeros would be refitted, and not every result has a place for one.
     """
     if layer.o_bias is None and not constants.any():
         return None
-    bias = torch.einsum("ehd,hd->e", o, constants)
+    bias = torch.einsum("ehd,hd->e", _wide(layer.o), constants)
     return bias if layer.o_bias is None else bias + layer.o_bias.double()
 
 
@@ -195,6 +196,15 @@ def with_idle_pairs(layer: LatentLayer, planes: tuple[int, ...]) -> LatentLayer:
     """A layer without positions, with rotary pairs that are zero, as others of its model have."""
     width, sizes = 2 * len(planes), layer.geometry
     query = layer.q.new_zeros(sizes.heads, width, sizes.hidden)
+    if layer.q_rope is not None:
+        return dataclasses.replace(
+            layer,
+            geometry=dataclasses.replace(sizes, rope_dim=width),
+            q_rope=layer.q.new_zeros(sizes.heads, width, sizes.nope_dim),
+            k_rope=query[0],
+            k_rope_bias=query[0, :, 0],
+            planes=planes,
+        )
     bias = None if layer.q_bias is None else torch.cat([layer.q_bias, query[..., 0]], 1)
     return dataclasses.replace(
         layer,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, QkNorm
 from convert.methods.attention import plane_order, with_head_order
 from convert.methods.merge import augmented
 from convert.planes import floored, key_covariance
@@ -62,13 +62,30 @@ class Mixed:
     energy: Tensor
 
 
-def rows_of(layer: AttentionLayer) -> Rows:
-    """Rows of a layer with q, k, v and ``rope``, without query/key norms."""
+def rows_of(layer: AttentionLayer, norm: QkNorm | None = None) -> Rows:
+    """Rows of a layer with q, k, v and ``rope``.
+
+    Args:
+        layer: The original.
+        norm: Of its queries and keys. Their rows then have its weight, but not its factor, nor the
+            bias that it may add to queries.
+    """
     rope = layer.rope
     assert rope is not None
     layer = with_head_order(layer, plane_order(layer))
     q, k, v = (augmented(layer, part) for part in ("q", "k", "v"))
+    if norm is not None:
+        q, k = _weighted(q, norm, layer.q_norm), _weighted(k, norm, layer.k_norm)
     return Rows(q, k, v, rope.dim // 2)
+
+
+def _weighted(rows: Tensor, norm: QkNorm, weight: Tensor | None) -> Tensor:
+    """Rows [n, D, E'] of heads with all of a norm that is linear."""
+    assert weight is not None
+    if norm.formula == "layer":
+        rows = rows - rows.mean(1, keepdim=True)
+    factor = weight.double() + 1 if norm.formula == "rms_plus_one" else weight.double()
+    return rows * factor[..., None]
 
 
 def query_energy(rows: Rows, moment: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, Geometry, LatentLayer, Rope
-from convert.methods.attention import Scoring, rotate
-from convert.methods.fitting import Each, Observed
+from convert.methods.attention import Scoring, key_factors, keys, rotate, values
+from convert.methods.fitting import Each, Observed, Shared
 from convert.methods.least_squares import solve, total
 from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
 
@@ -25,6 +25,7 @@ __all__ = [
     "expanded",
     "latent_basis",
     "refit_latent_scores",
+    "shared_by",
     "with_expanded_values",
 ]
 
@@ -32,14 +33,26 @@ __all__ = [
 def expanded(layer: LatentLayer) -> AttentionLayer:
     """A latent layer as attention with a KV head for each query head, rotary dims first.
 
-    So it computes with ``attention`` like any other layer, in plane order.
+    So it computes with ``attention`` like any other layer, in plane order; but if it has norms, its
+    keys want their factor, see ``shared_by``.
     """
     sizes, heads = layer.geometry, layer.geometry.heads
-    keys = torch.cat([layer.k_rope.expand(heads, -1, -1), layer.k_up @ layer.latent], 1)
-    key_bias = None
+    key = torch.cat([layer.k_rope.expand(heads, -1, -1), layer.k_up @ layer.latent], 1)
+    key_bias = value_bias = q_map = None
     if layer.k_rope_bias is not None:
         rest = layer.k_rope_bias.new_zeros(heads, sizes.nope_dim)
+        if layer.latent_bias is not None:
+            rest = layer.k_up @ layer.latent_bias
         key_bias = torch.cat([layer.k_rope_bias.expand(heads, -1), rest], 1)
+    if layer.latent_bias is not None:
+        value_bias = layer.v_up @ layer.latent_bias
+    q, q_bias = layer.q, layer.q_bias
+    if layer.q_rope is None:
+        q = _rope_first(q, sizes.nope_dim)
+        q_bias = None if q_bias is None else _rope_first(q_bias, sizes.nope_dim)
+    else:
+        same = torch.eye(sizes.nope_dim, dtype=q.dtype, device=q.device)
+        q_map = torch.cat([layer.q_rope, same.expand(heads, -1, -1)], 1)
     return AttentionLayer(
         geometry=Geometry(
             hidden=sizes.hidden,
@@ -48,29 +61,54 @@ def expanded(layer: LatentLayer) -> AttentionLayer:
             head_dim=sizes.rope_dim + sizes.nope_dim,
             value_dim=sizes.value_dim,
         ),
-        q=_rope_first(layer.q, sizes.nope_dim),
-        k=keys,
+        q=q,
+        k=key,
         v=layer.v_up @ layer.latent,
         o=layer.o,
-        q_bias=None if layer.q_bias is None else _rope_first(layer.q_bias, sizes.nope_dim),
+        q_bias=q_bias,
         k_bias=key_bias,
+        v_bias=value_bias,
         o_bias=layer.o_bias,
+        q_norm=layer.q_norm,
+        q_norm_bias=layer.q_norm_bias,
+        q_map=q_map,
         rope=Rope(dim=sizes.rope_dim, interleaved=True, theta=1.0),
     )
 
 
+def shared_by(
+    layer: LatentLayer, ready: AttentionLayer, scoring: Scoring, inputs: Tensor
+) -> Shared:
+    """Keys and values of inputs [N, T, E] with everything that scores want of them.
+
+    Args:
+        layer: The latent layer.
+        ready: Its expanded form.
+        scoring: Of the latent layer.
+        inputs: [N, T, E].
+    """
+    key, value = keys(ready, scoring, inputs), values(ready, scoring, inputs)
+    if layer.k is None or scoring.norm is None:
+        return key, value
+    factors = key_factors(scoring.norm, scoring.norm_eps, layer.k, layer.k_bias, inputs)
+    return key * factors.repeat_interleave(key.shape[1] // factors.shape[1], 1)[..., None], value
+
+
 def latent_basis(layer: LatentLayer, inputs: Tensor) -> Basis:
     """The latents [N, T, R] of inputs [N, T, E], as what projections are made of."""
+    latents, rows = inputs @ layer.latent.mT, layer.latent
+    if layer.latent_bias is not None:
+        latents, rows = latents + layer.latent_bias, _with_bias(rows, layer.latent_bias)
     # rows of a latent differ in size by orders of magnitude
-    there = torch.linalg.pinv(layer.latent.double()).to(inputs.dtype)
-    return Basis(inputs @ layer.latent.mT, there, layer.latent)
+    there = torch.linalg.pinv(rows.double()).to(inputs.dtype)
+    return Basis(latents, there, rows)
 
 
 def with_expanded_values(layer: LatentLayer, fitted: AttentionLayer, basis: Basis) -> LatentLayer:
     """The latent layer with the values and the output of its refitted expanded form."""
     assert fitted.v is not None
     assert fitted.o is not None
-    v_up = fitted.v @ basis.there
+    v_up = _with_bias(fitted.v, fitted.v_bias) @ basis.there
     return dataclasses.replace(layer, v_up=v_up, o=fitted.o, o_bias=fitted.o_bias)
 
 

@@ -200,7 +200,7 @@ def read_conversions(folders: Sequence[Path]) -> list[MergedConversion | LatentC
     """The conversions in these folders, which must all have the same source.
 
     Raises:
-        UsageError: If a folder is named twice, or sources differ.
+        UsageError: If a folder is named twice or was exported, or if sources differ.
         InputModelError: If a folder has no manifest, or one that is damaged.
     """
     names = _names(folders)
@@ -233,6 +233,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> MergedConversion | LatentConversion:
     manifest = read_manifest(folder)
+    if manifest.get("recipe", {}).get("method") == "export":
+        raise UsageError(
+            f"{folder} was exported, which loses nothing that a report could show",
+            hint="Make a report of what it was exported from.",
+        )
     try:
         return _kind(manifest).model_validate({**manifest, "name": name})
     except ValidationError as error:

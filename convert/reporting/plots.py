@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate
 from math import ceil, log2
 from typing import TYPE_CHECKING, Any
 
@@ -349,7 +351,33 @@ def similarity(conversion: Conversion) -> Figure:
 
 
 def _short(name: str, most: int = 36) -> str:
-    """A name that fits into a legend or title: of a long one both ends, which differ most."""
-    shown = visible(name)
+    """A name that fits into a legend or title: of a long one both ends, which differ most.
+
+    Characters that the font has no glyph for are spelled out. A font of the machine might have
+    one, but then the same report would not have the same bytes everywhere.
+    """
+    parts = [_spelled(character) for character in visible(name)]
+    if sum(map(len, parts)) <= most:
+        return "".join(parts)
     half = (most - 1) // 2
-    return shown if len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"
+    start, end = _first(parts, half), _first(parts[::-1], half)
+    return f"{''.join(start)}…{''.join(reversed(end))}"
+
+
+def _first(parts: Sequence[str], most: int) -> list[str]:
+    """As many of the first parts as have ``most`` characters in all."""
+    lengths = accumulate(map(len, parts))
+    return [part for part, length in zip(parts, lengths, strict=True) if length <= most]
+
+
+def _spelled(character: str) -> str:
+    drawn = ord(character) in _glyphs()
+    return character if drawn else character.encode("unicode_escape").decode()
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Code points that the default font can draw; it comes with matplotlib."""
+    from matplotlib.font_manager import findfont, get_font  # noqa: PLC0415
+
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())

@@ -24,12 +24,12 @@ from convert.targets.rope_tables import rope_keys, rope_problem, rope_table
 from convert.targets.target import Rewrite, Target, layer_and_rest
 from kvpatch.errors import InputModelError
 
-__all__ = ["Architecture", "deepseek_class", "deepseek_problem"]
+__all__ = ["CLASSES", "Architecture", "deepseek_class", "deepseek_problem"]
 
 Architecture = Literal["deepseek_v3", "youtu"]
 Fate = Rewrite | tuple[Rewrite, ...] | None
 
-_CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
+CLASSES: Mapping[str, str] = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
 _OLD_BUFFER = "self_attn.rotary_emb.inv_freq"  # in checkpoints of older transformers
 
 
@@ -54,6 +54,7 @@ def deepseek_class(
     inert: InertForm,
     dtype: str | None,
     largest: float | None,
+    query_bias: bool | None = None,
 ) -> Target | None:
     """The stock class for latent layers; None where there is a ``deepseek_problem``.
 
@@ -71,6 +72,7 @@ def deepseek_class(
         dtype: Dtype of the result; that of the source if None.
         largest: Largest Euclidean norm of a latent, as seen or bounded; None to bound it layer by
             layer from the weights.
+        query_bias: Whether queries have a bias; None if they do where the source's own have one.
 
     Raises:
         InputModelError: If transformers does not accept config.json.
@@ -79,12 +81,13 @@ def deepseek_class(
     if deepseek_problem(facts, planes) is not None:
         return None
     stock, block = stock_config(facts), BLOCKS[facts.family.model_type]
+    query_bias = block.query_bias(stock) if query_bias is None else query_bias
     table, eps = rope_table(facts, stock), float(stock.rms_norm_eps)
     # servers take rms_norm_eps for all norms; RMSNorm(a x; a^2 eps) is RMSNorm(x; eps)
     stream = math.sqrt(EPSILON / eps) if inert == "epsilon" and eps != EPSILON else 1.0
     outside = _Outside(
         family=facts.family,
-        architecture=_CLASSES[arch],
+        architecture=CLASSES[arch],
         tied=facts.tied,
         embedding=block.embedding(stock) * stream,
         logits=block.logits(stock),
@@ -97,7 +100,7 @@ def deepseek_class(
         planes=tuple(planes),
         nope_dim=nope_dim,
         inert=inert,
-        query_latent=inert == "constant" and block.query_bias(stock),
+        query_latent=inert == "constant" and query_bias,
         dtype=getattr(torch, dtype or facts.dtype),
         largest=largest,
         rotary=table.attention_factor**2,
@@ -116,9 +119,9 @@ def deepseek_class(
     return Target(
         name="native",
         model_type=arch,
-        architecture=_CLASSES[arch],
-        family=Family(model_type=arch, architecture=_CLASSES[arch]),
-        edit=partial(_edit, keys={"model_type": arch, "architectures": [_CLASSES[arch]], **keys}),
+        architecture=CLASSES[arch],
+        family=Family(model_type=arch, architecture=CLASSES[arch]),
+        edit=partial(_edit, keys={"model_type": arch, "architectures": [CLASSES[arch]], **keys}),
         reads=frozenset({"q", "k", "v", "o"}),
         folds=(INPUT_NORM,),
         fold=partial(written, layout=layout),

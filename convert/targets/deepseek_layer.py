@@ -85,8 +85,7 @@ def written(
             f"a layer of the checkpoint has no {INPUT_NORM}", hint="Download the checkpoint again."
         )
     norm = others[INPUT_NORM].double() + float(layout.norm_plus_one)
-    if layout.inert == "epsilon":
-        _refuse_biases(layer)
+    _refuse_biases(layer, layout)
     layer = _scaled(fitted(layer, layout), layout)
     tensors = {
         **_queries(layer, norm, layout),
@@ -234,9 +233,13 @@ _BIASES: Sequence[tuple[str, str]] = (
 )
 
 
-def _refuse_biases(layer: LatentLayer) -> None:
+def _refuse_biases(layer: LatentLayer, layout: Layout) -> None:
+    """Refuse biases that would be left out."""
+    held = {"k_rope_bias", "o_bias"} if layout.inert == "constant" else set()
     for field, what in _BIASES:
         bias: Any = getattr(layer, field)
+        if field in held or (field == "q_bias" and layout.query_latent):
+            continue
         if bias is not None and bool(bias.any()):
             raise InputModelError(
                 f"the {what} of a layer have a bias, for which a file without biases has no place",

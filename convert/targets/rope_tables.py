@@ -60,17 +60,19 @@ def _rotating(facts: ModelFacts) -> set[Rope]:
     return {rope for rope in facts.ropes if rope.dim}
 
 
-def rope_table(facts: ModelFacts, stock: Any) -> RopeTable:
-    """Frequencies of a model without a ``rope_problem``, as transformers computes them.
+def rope_table(facts: ModelFacts, stock: Any, number: int | None = None) -> RopeTable:
+    """Frequencies as transformers computes them.
 
     Args:
         facts: The source.
         stock: Its configuration object of transformers.
+        number: The layer, one that rotates; None for a model without a ``rope_problem``, of whose
+            layers all that rotate do so alike.
 
     Raises:
         InputModelError: If config.json gives frequencies for another number of planes.
     """
-    (rope,) = _rotating(facts)
+    (rope,) = _rotating(facts) if number is None else (facts.ropes[number],)
     planes, original, factor = rope.dim // 2, facts.context, 1.0
     if rope.kind == "default":
         exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
@@ -78,7 +80,8 @@ def rope_table(facts: ModelFacts, stock: Any) -> RopeTable:
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
 
-        short, factor = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu")
+        own = {} if number is None else _own_table(stock, number)
+        short, factor = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", **own)
         long = short
         if rope.kind == "longrope":
             original = int(stock.rope_parameters["original_max_position_embeddings"])
@@ -91,6 +94,12 @@ def rope_table(facts: ModelFacts, stock: Any) -> RopeTable:
     return RopeTable(
         rope=rope, short=short, long=long, original=original, attention_factor=float(factor)
     )
+
+
+def _own_table(stock: Any, number: int) -> dict[str, str]:
+    """What names the table of a layer, where layers of different kinds have their own."""
+    kinds = getattr(stock, "layer_types", None)
+    return {"layer_type": kinds[number]} if kinds and kinds[number] in stock.rope_parameters else {}
 
 
 def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def absorbed_attention(
     scaling: float,
     softcap: float | None = None,
     dropout: float = 0.0,
+    key_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the latents themselves, all heads to the same ones.
 
@@ -36,6 +37,8 @@ def absorbed_attention(
         scaling: Factor on the scores.
         softcap: Scores are bounded to plus and minus this by a tanh; not at all if None.
         dropout: Probability that a weight is dropped.
+        key_scale: [B, Hkv, K], where H is a multiple of Hkv: one factor on the scores, before the
+            softcap, for each key and group of heads.
 
     Returns:
         Latent outputs [B, H, T, R], still to be multiplied by the value up-projection, and the
@@ -50,6 +53,9 @@ def absorbed_attention(
     scores = scores.view(batch, heads, tokens, -1)
     if scores.dtype in {torch.float16, torch.bfloat16}:
         scores = scores.float()
+    if key_scale is not None:
+        grouped = scores.view(batch, key_scale.shape[1], -1, *scores.shape[2:])
+        scores = (grouped * key_scale[:, :, None, None]).flatten(1, 2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(_masked(scores, mask), -1).to(latent.dtype)

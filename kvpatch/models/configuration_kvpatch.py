@@ -21,7 +21,8 @@ class SharedKVConfig:
     """What a converted model's config has beyond the stock config; mixed into its subclass.
 
     Args:
-        num_key_value_heads: KV heads of every layer that has its own; all heads if None.
+        num_key_value_heads: KV heads of every layer that has its own; all heads if None. With
+            latents it counts only where keys have a norm, whose factor is one for each of them.
         kv_source_layers: Entry i is the layer whose keys and values layer i reads, itself or an
             earlier one that has its own (CLA, arXiv:2405.12981). None: every layer has its own.
         kv_lora_rank: Dims of the latent that each layer caches in place of keys and values (MLA,

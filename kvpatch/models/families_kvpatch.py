@@ -44,6 +44,8 @@ class Family:
         output: The stock output projection.
         q_norm: Stock name of the query norm, if the family can have one.
         k_norm: Stock name of the key norm.
+        key_scale: What the key norm divides by, ``rms`` the root mean square, ``deviation`` the
+            standard deviation; None where it adds a bias besides, so that it is no factor.
         norm_axes: What the norms see: tokens of concatenated heads [B, T, H * D], tokens of heads
             [B, T, H, D] or heads of tokens [B, H, T, D].
         rotary: ``stock`` applies the rotary function of the stock modeling file to the position
@@ -77,6 +79,7 @@ class Family:
     output: str = "o_proj"
     q_norm: str | None = None
     k_norm: str | None = None
+    key_scale: Literal["rms", "deviation"] | None = None
     norm_axes: Literal["tokens_width", "tokens_heads", "heads_tokens"] = "tokens_heads"
     rotary: Literal["stock", "sinusoids"] | None = "stock"
     scale: str | float | None = "scaling"
@@ -126,7 +129,7 @@ class Family:
         return ".".join(part for part in parts if part is not None)
 
 
-_HEAD_NORM: dict[str, Any] = {"q_norm": "q_norm", "k_norm": "k_norm"}
+_HEAD_NORM: dict[str, Any] = {"q_norm": "q_norm", "k_norm": "k_norm", "key_scale": "rms"}
 _LAYER_NORM: dict[str, Any] = {"q_norm": "q_layernorm", "k_norm": "k_layernorm"}
 _GPT: dict[str, Any] = {
     "base": "transformer",
@@ -159,10 +162,11 @@ _ROWS = (
         model_type="stablelm",
         stem="StableLm",
         **_LAYER_NORM,
+        key_scale="deviation",
         norm_axes="heads_tokens",
         forwards_kwargs=False,
     ),
-    Family(model_type="cohere", stem="Cohere", **_HEAD_NORM),
+    Family(model_type="cohere", stem="Cohere", **_HEAD_NORM | {"key_scale": "deviation"}),
     Family(model_type="starcoder2", stem="Starcoder2"),
     Family(model_type="granite", stem="Granite"),
     Family(model_type="smollm3", stem="SmolLM3"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,6 +23,8 @@ from convert import convert, make_recipe
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import read_json
 from convert.facts import read_facts
+from convert.targets.dense_blocks import stock_config
+from convert.targets.rope_tables import rope_table
 from convert.verify import cache_bytes, verify_checkpoint
 from tests.families.stock import full_logits, load, make, random_ids
 from tests.families.texts import random_text, token_ids, write_tokenizer
@@ -30,16 +33,17 @@ from tests.helpers import assert_close, load_folder
 from tests.targets.classes import EXPERTS
 from tests.targets.latent_sources import real_float64
 
-_HIDDEN_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3"}
 _ALIBI = {"bloom", "mpt", "falcon"}
-_OTHERS = {"gemma2", "olmo:bias-clip", "phi:norm-tied", "stablelm:norm-bias", "persimmon"}
-_OTHERS |= {"cohere:norm-bias-untied"}
+_OTHERS = {"gemma2", "olmo:bias-clip", "phi:norm-tied", "persimmon"}
 _ACCEPTED = [
-    name
-    for name in MODELS
-    if name not in _OTHERS and family(name) not in _HIDDEN_NORMS | _ALIBI | EXPERTS
+    name for name in MODELS if name not in _OTHERS and family(name) not in _ALIBI | EXPERTS
 ]
-_PLAINEST = [name for name in _ACCEPTED if ":" not in name]
+# queries and keys with a norm, so that constants of keys take a dim of the latent
+_NORMED = {name for name in _ACCEPTED if family(name) in {"qwen3", "gemma3_text", "olmo2", "olmo3"}}
+_NORMED |= {"stablelm:norm-bias", "cohere:norm-bias-untied"}
+# of two KV heads, or of all together
+_SCALES = {name: 1 if "olmo" in name else 2 for name in _NORMED}
+_PLAINEST = [name for name in _ACCEPTED if ":" not in name or ":norm" in name]
 # blocks that are those of DeepSeek up to factors, without windows
 _NATIVE = ["llama", "llama:bias-tied", "mistral", "qwen2", "gemma", "gemma:bias-untied", "phi3"]
 _NATIVE += ["granite", "granite:bias-tied", "smollm3", "glm", "glm:nobias-tied", "helium"]
@@ -55,8 +59,8 @@ Source = Callable[..., Path]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     @cache
-    def saved(name: str, kv_heads: int | None = None) -> Path:
-        changed = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
+    def saved(name: str, kv_heads: int | None = None, **changed: Any) -> Path:
+        changed |= {} if kv_heads is None else {"num_key_value_heads": kv_heads}
         return _save(tmp_path_factory.mktemp("mla") / "model", name, changed)
 
     return saved
@@ -97,7 +101,9 @@ def _whole(source: Path) -> dict[str, Any]:
     """Sizes that leave nothing out."""
     facts = read_facts(read_json(source / "config.json"))
     turning = max(rope.dim for rope in facts.ropes)
-    return {"rank": facts.geometry.hidden, "rope_dims": facts.geometry.kv_heads * turning}
+    constant = any(key.endswith("k_proj.bias") for key in load_file(source / "model.safetensors"))
+    rank = facts.geometry.hidden + int(constant and facts.qk_norm is not None)
+    return {"rank": rank, "rope_dims": facts.geometry.kv_heads * turning}
 
 
 def _assert_same(source: Path, result: Path, atol: float = 1e-9) -> None:
@@ -154,7 +160,8 @@ def test_one_kv_head_and_youtu(source: Source, tmp_path: Path) -> None:
 def test_a_smaller_result_runs_and_caches_what_is_planned(
     source: Source, tmp_path: Path, text: Path, name: str
 ) -> None:
-    model = source(name, 2 if name in GROUPED else None)
+    wide = {"sliding_window": 64} if family(name) in {"gemma3_text", "olmo3"} else {}
+    model = source(name, 2 if name in GROUPED else None, **wide)
     most = _whole(model)
     sizes: dict[str, Any] = {"rank": 13, "rope_dims": most["rope_dims"] // 4 * 2}
     result = _mla(model, tmp_path / "out", text=text, **sizes)
@@ -162,7 +169,7 @@ def test_a_smaller_result_runs_and_caches_what_is_planned(
     assert checks.pop("shapes").status == "skipped"
     assert {check.status for check in checks.values()} == {"ok"}, checks
     cache = read_manifest(result)["kv_cache"]
-    assert cache["latent"] == sizes
+    assert cache["latent"] == sizes | ({"key_scales": _SCALES[name]} if name in _NORMED else {})
     assert cache["bytes_per_token"] == [_held(model), _held(result)]
     assert len(read_manifest(result)["layers"]) == len(cache["kv_source_layers"])
 
@@ -186,7 +193,7 @@ def _error(source: Path, result: Path, seed: int = 1) -> float:
     return float((actual - expected).square().sum() / expected.square().sum())
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gptj", "stablelm"])
+@pytest.mark.parametrize("name", ["qwen2", "gptj", "stablelm", "qwen3"])
 def test_the_more_is_kept_the_nearer_is_the_source(
     source: Source, tmp_path: Path, text: Path, name: str
 ) -> None:
@@ -204,7 +211,10 @@ def test_the_more_is_kept_the_nearer_is_the_source(
     assert errors[-1] < 1e-20
 
 
-@pytest.mark.parametrize(("name", "refits"), [("llama", "q qo"), ("gpt2", "qo")])
+@pytest.mark.parametrize(
+    ("name", "refits"),
+    [("llama", "q qo"), ("gpt2", "qo"), ("qwen3:bias-window", "o"), ("olmo2", "o")],
+)
 def test_refits_lose_less_on_their_text(
     source: Source, tmp_path: Path, text: Path, name: str, refits: str
 ) -> None:
@@ -222,11 +232,22 @@ def test_refits_lose_less_on_their_text(
         layers = read_manifest(out)["layers"]
         assert all({"attention_kl", "output_error"} <= layer.keys() for layer in layers)
     assert all(errors[refit] < 0.97 * errors["none"] for refit in refits.split()), errors
+    if "qo" not in errors:
+        return
     assert errors["qo"] == min(errors.values()), errors
     assert errors["qo"] < 0.85 * errors["none"], errors
 
 
-@pytest.mark.parametrize(("name", "refit"), [("llama", "q"), ("gpt2", "q"), ("gpt2", "qo")])
+@pytest.mark.parametrize(
+    ("name", "refit"),
+    [
+        ("llama", "q"),
+        ("gpt2", "q"),
+        ("gpt2", "qo"),
+        ("qwen3", "o"),
+        ("cohere:norm-bias-untied", "o"),
+    ],
+)
 def test_refits_leave_what_lost_nothing(
     source: Source, tmp_path: Path, text: Path, name: str, refit: str
 ) -> None:
@@ -314,13 +335,29 @@ def test_dynamic_rope_stays_with_a_class_of_ours(tmp_path: Path) -> None:
     _assert_same(model, result)
 
 
+def test_layers_of_different_kinds_have_frequencies_of_their_own() -> None:
+    parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = {**settings("gemma3_text"), "rope_parameters": parameters}
+    model = make("gemma3_text", config)
+    facts = read_facts({**model.config.to_dict(), "model_type": "gemma3_text"})
+    stock = stock_config(facts)
+    for number, kind in enumerate(model.config.layer_types):
+        expected = getattr(model.model.rotary_emb, f"{kind}_inv_freq")
+        assert_close(rope_table(facts, stock, number).short, expected, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("target", ["native", "kvpatch"])
+@pytest.mark.parametrize(
+    ("name", "target"), [("llama", "native"), ("llama", "kvpatch"), ("qwen3", "kvpatch")]
+)
 @torch.no_grad()
 def test_other_dtypes_err_as_the_source_does(
-    tmp_path: Path, target: str, dtype: torch.dtype
+    tmp_path: Path, name: str, target: str, dtype: torch.dtype
 ) -> None:
-    model = _save(tmp_path / "source", "llama", {"head_dim": 16}, dtype)
+    model = _save(tmp_path / "source", name, {"head_dim": 16}, dtype)
     result = _mla(model, tmp_path / "out", target=target, **_whole(model))
     ids = random_ids(load(model), 32, batch=8)
     exact: Tensor = full_logits(load(model), ids)

@@ -1,7 +1,8 @@
 """Tiny latent models of every family, equal to stock models by construction.
 
-A layer becomes latent without loss (``embedded``); then its latent is mixed and widened, and the
-pairs of its rotary key are put in another order, so that the layers of a model differ.
+A layer becomes latent without loss (``embedded``, and one dim after the other where queries and
+keys have a norm); then its latent is mixed and widened, and the pairs of its rotary key are put in
+another order, so that the layers of a model differ.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from torch import Tensor
 
 from convert.checkpoint.reader import read_json
 from convert.facts import ModelFacts, read_facts, with_stored_names
-from convert.families import tensor_names, unpack
-from convert.layer import LatentLayer, Rope
+from convert.families import pack, tensor_names, unpack
+from convert.layer import AttentionLayer, LatentGeometry, LatentLayer, QkNorm, Rope
 from convert.methods.latent import embedded
+from convert.planes import planes_of
 from convert.targets.latent import latent_class
 from convert.targets.target import Target
 from tests.families import tiny
 from tests.families.stock import load
 from tests.kvpatch.stacks import MODELS
 
-__all__ = ["CLAMPED", "EACH", "ELIGIBLE", "NORMED", "latent_model", "write_latent"]
+__all__ = ["CLAMPED", "EACH", "ELIGIBLE", "NORMED", "SHIFTED", "latent_model", "write_latent"]
 
 _ALWAYS_NORMED = {"qwen3", "gemma3_text", "olmo2", "olmo3"}
 
@@ -36,11 +38,14 @@ NORMED = tuple(
     for name in MODELS
     if tiny.family(name) in _ALWAYS_NORMED or ":norm" in name or name == "persimmon"
 )
+# a norm of keys with a bias
+SHIFTED = tuple(name for name in NORMED if tiny.family(name) in {"phi", "persimmon"})
 CLAMPED = ("olmo:bias-clip", "mpt:clip-scale")
-ELIGIBLE = tuple(name for name in MODELS if name not in {*NORMED, *CLAMPED})
+ELIGIBLE = tuple(name for name in MODELS if name not in {*SHIFTED, *CLAMPED})
 
-# one model per family
-EACH = tuple(name for name in ELIGIBLE if ":" not in name or name == "persimmon:nonorm")
+# one model per family, and the norms that not all of its models have
+_MORE = ("persimmon:nonorm", "stablelm:norm-bias", "cohere:norm-bias-untied")
+EACH = tuple(name for name in ELIGIBLE if ":" not in name or name in _MORE)
 
 # what the converter refuses for reasons other than the attention, and reads as something near it
 _READ_AS = {
@@ -86,7 +91,8 @@ def write_latent(
     for index, layer in enumerate(layers):
         prefix = target.family.layer_prefix.format(layer=index)
         packed, written = target.fold(layer, {})
-        assert packed is None
+        if packed is not None:
+            result |= pack(packed, target.family, index)
         result |= {prefix + key: tensor for key, tensor in written.items()}
     for key, tensor in tensors.items():
         result |= {rewrite.name: tensor for rewrite in target.rewrites(key)}
@@ -104,7 +110,7 @@ def latent_model(name: str, stock: Any, folder: Path, sources: Sequence[int] | N
 
 
 def _taken(tensors: dict[str, Tensor], facts: ModelFacts, layer: int) -> dict[str, Tensor]:
-    names = tensor_names(facts.family, facts.geometry, layer, "qkvo")
+    names = tensor_names(facts.family, facts.geometry, layer, [*"qkvo", "q_norm", "k_norm"])
     return {name: tensors.pop(name) for name in names if name in tensors}
 
 
@@ -116,13 +122,83 @@ def _latent(
         unpack(tensors[index], facts.family, facts.geometry, index, rope=facts.ropes[index])
         for index in (source, layer)
     )
-    shared = {field: getattr(read, field) for field in ("k", "v", "k_bias", "v_bias")}
-    whole = embedded(dataclasses.replace(reader, **shared), facts.scales[layer])
+    fields = ("k", "v", "k_bias", "v_bias", "k_norm")
+    shared = dataclasses.replace(reader, **{field: getattr(read, field) for field in fields})
+    norm, scale = facts.qk_norm, facts.scales[layer]
+    whole = embedded(shared, scale) if norm is None else _normed(shared, norm, scale)
     mixed = _mixed(whole, more=source, seed=source)
     if source == layer:
         return mixed
     nothing = mixed.latent[:0]
-    return dataclasses.replace(mixed, latent=nothing, k_rope=nothing, k_rope_bias=None)
+    return dataclasses.replace(
+        mixed, latent=nothing, latent_bias=None, k_rope=nothing, k_rope_bias=None, k=None
+    )
+
+
+def _normed(layer: AttentionLayer, norm: QkNorm, scale: float) -> LatentLayer:
+    """The same function as a latent layer: every dim of keys and values has one of its own."""
+    g, rope, k, v, o = layer.geometry, layer.rope, layer.k, layer.v, layer.o
+    assert rope is not None
+    assert k is not None
+    assert v is not None
+    assert o is not None
+    assert layer.q is not None
+    assert layer.k_norm is not None
+    k_bias = torch.zeros_like(k[..., 0]) if layer.k_bias is None else layer.k_bias
+    weight = layer.k_norm + 1 if norm.formula == "rms_plus_one" else layer.k_norm
+    weight = weight.expand(g.kv_heads, -1)
+    keys = torch.cat([k, k_bias[..., None]], -1)
+    if norm.formula == "layer":
+        keys = keys - keys.mean(1, keepdim=True)
+    keys = keys * weight[..., None]
+    planes = planes_of(rope, g.head_dim)
+    turning = torch.stack([planes.first, planes.second], 1).flatten().tolist()
+    rest = planes.rest.tolist()
+    rank, width = g.kv_heads * (len(rest) + g.value_dim), g.kv_heads * len(turning)
+    latent, k_up = keys.new_zeros(rank, g.hidden + 1), keys.new_zeros(g.heads, g.head_dim, rank)
+    v_up = keys.new_zeros(g.heads, g.value_dim, rank)
+    q_rope, k_rope = keys.new_zeros(g.heads, width, g.head_dim), keys.new_zeros(width, g.hidden + 1)
+    o_bias = torch.zeros_like(o[:, 0, 0]) if layer.o_bias is None else layer.o_bias.clone()
+    for head in range(g.heads):
+        own = head // g.group
+        for place, dim in enumerate(rest):
+            row = own * len(rest) + place
+            latent[row], k_up[head, dim, row] = keys[own, dim], 1
+        for place, dim in enumerate(turning):
+            row = own * len(turning) + place
+            k_rope[row], q_rope[head, row, dim] = keys[own, dim], 1
+        for dim in range(g.value_dim):
+            row = g.kv_heads * len(rest) + own * g.value_dim + dim
+            latent[row, :-1], v_up[head, dim, row] = v[own, dim], 1
+        if layer.v_bias is not None:
+            o_bias += o[:, head] @ layer.v_bias[own]
+    return LatentLayer(
+        geometry=LatentGeometry(
+            hidden=g.hidden,
+            heads=g.heads,
+            rank=rank,
+            nope_dim=g.head_dim,
+            rope_dim=width,
+            value_dim=g.value_dim,
+        ),
+        q=layer.q,
+        latent=latent[:, :-1],
+        k_rope=k_rope[:, :-1],
+        k_up=k_up,
+        v_up=v_up,
+        o=o,
+        q_bias=layer.q_bias,
+        latent_bias=latent[:, -1],
+        k_rope_bias=k_rope[:, -1],
+        o_bias=o_bias,
+        q_rope=q_rope,
+        k=k,
+        k_bias=layer.k_bias,
+        q_norm=layer.q_norm,
+        q_norm_bias=layer.q_norm_bias,
+        planes=tuple(range(len(turning) // 2)) * g.kv_heads,
+        scale=scale,
+    )
 
 
 def _mixed(layer: LatentLayer, *, more: int, seed: int) -> LatentLayer:
@@ -136,6 +212,7 @@ def _mixed(layer: LatentLayer, *, more: int, seed: int) -> LatentLayer:
     order = torch.randperm(len(layer.planes), generator=generator)
     rotary = torch.stack([2 * order, 2 * order + 1], 1).flatten()
     dims = torch.cat([torch.arange(geometry.nope_dim), geometry.nope_dim + rotary])
+    dims = dims if layer.q_rope is None else torch.arange(geometry.nope_dim)
     return dataclasses.replace(
         layer,
         geometry=dataclasses.replace(geometry, rank=geometry.rank + more),
@@ -146,5 +223,7 @@ def _mixed(layer: LatentLayer, *, more: int, seed: int) -> LatentLayer:
         v_up=layer.v_up @ basis.T,
         k_rope=layer.k_rope[rotary],
         k_rope_bias=None if layer.k_rope_bias is None else layer.k_rope_bias[rotary],
+        latent_bias=None if layer.latent_bias is None else basis @ layer.latent_bias,
+        q_rope=None if layer.q_rope is None else layer.q_rope[:, rotary],
         planes=tuple(layer.planes[int(pair)] for pair in order),
     )

@@ -31,7 +31,11 @@ def _inputs(tokens: int, keys: int, *, rope: int = ROPE, seed: int = 0) -> dict[
 
 
 def _one_by_one(
-    inputs: dict[str, Tensor], hidden: Any, scaling: float, softcap: float | None
+    inputs: dict[str, Tensor],
+    hidden: Any,
+    scaling: float,
+    softcap: float | None,
+    key_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every query and key by itself; ``hidden(b, h, t, k)`` says what a query does not see."""
     query = torch.cat((inputs["query_latent"], inputs["query_rope"]), -1)
@@ -44,6 +48,8 @@ def _one_by_one(
         terms = []
         for k in range(keys):
             score = float(query[b, h, t] @ key[b, 0, k]) * scaling
+            if key_scale is not None:
+                score *= float(key_scale[b, h * key_scale.shape[1] // heads, k])
             score = score if softcap is None else softcap * math.tanh(score / softcap)
             terms.append(0.0 if hidden(b, h, t, k) else math.exp(score))
         for k in range(keys):
@@ -60,6 +66,19 @@ def test_it_is_attention_on_latents_and_rotary_keys(
     inputs = _inputs(tokens, keys, rope=rope)
     found = absorbed_attention(**inputs, mask=None, scaling=0.6, softcap=softcap)
     for got, want in zip(found, _one_by_one(inputs, lambda *_: False, 0.6, softcap), strict=True):
+        assert_close(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_keys_have_a_factor_for_each_group_of_heads(groups: int, softcap: float | None) -> None:
+    inputs = _inputs(3, 5)
+    doubled = {"query_latent", "query_rope"}  # two heads of three groups, or six of one
+    inputs = {name: t.repeat(1, 1 + (name in doubled), 1, 1) for name, t in inputs.items()}
+    scale = torch.rand(BATCH, groups, 5, generator=torch.Generator().manual_seed(5)).double() + 0.5
+    found = absorbed_attention(**inputs, mask=None, scaling=0.6, softcap=softcap, key_scale=scale)
+    wanted = _one_by_one(inputs, lambda *_: False, 0.6, softcap, scale)
+    for got, want in zip(found, wanted, strict=True):
         assert_close(got, want, atol=1e-12)
 
 

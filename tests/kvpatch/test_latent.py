@@ -22,7 +22,7 @@ from kvpatch.models import FAMILIES, latent_kvpatch
 from tests.families import tiny
 from tests.families.stock import Float64, full_logits, load, make, random_ids
 from tests.helpers import assert_close
-from tests.kvpatch.latents import CLAMPED, EACH, ELIGIBLE, NORMED, latent_model
+from tests.kvpatch.latents import CLAMPED, EACH, ELIGIBLE, SHIFTED, latent_model
 from tests.kvpatch.stacks import ReadingCache, pairs, stock_model
 
 # a model by name; its layers share latents if asked for
@@ -95,9 +95,8 @@ def _generate(model: Any, ids: Tensor, **how: Any) -> list[list[int]]:
     return out.tolist()  # type: ignore[no-any-return]
 
 
-def test_every_family_without_norms_of_queries_and_keys_is_here() -> None:
-    always_normed = {"qwen3", "gemma3_text", "olmo2", "olmo3"}
-    assert {tiny.family(name) for name in EACH} == set(FAMILIES) - always_normed
+def test_every_family_is_here() -> None:
+    assert {tiny.family(name) for name in EACH} == set(FAMILIES)
 
 
 @pytest.mark.usefixtures("form")
@@ -250,6 +249,11 @@ def test_scaled_tables_and_grouped_heads(tmp_path: Path, rope: dict[str, Any]) -
     assert_close(_stepwise(model, ids, DynamicCache()), want, atol=1e-10)
 
 
+# of four KV heads, or of all together
+_SCALES = {"qwen3": 4, "gemma3_text": 4, "olmo2": 1, "olmo3": 1}
+_SCALES |= {"stablelm:norm-bias": 4, "cohere:norm-bias-untied": 4}
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_the_cache_holds_what_is_planned(latent: Latents, name: str) -> None:
     tokens, batch = 3, 2
@@ -260,6 +264,7 @@ def test_the_cache_holds_what_is_planned(latent: Latents, name: str) -> None:
             layers=config.num_hidden_layers,
             rank=config.kv_lora_rank,
             rope_dim=[2 * len(planes) for planes in config.kv_rope_planes],
+            scales=_SCALES.get(name, 0),
             sources=config.kv_source_layers,
             bytes_per_value=8,
         )
@@ -276,8 +281,8 @@ def test_the_cache_holds_what_is_planned(latent: Latents, name: str) -> None:
         assert sum(held) == planned.size(tokens, batch)
 
 
-@pytest.mark.parametrize("name", NORMED + CLAMPED)
-def test_no_target_for_norms_and_clamps(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SHIFTED + CLAMPED)
+def test_no_target_for_norms_with_a_bias_and_clamps(tmp_path: Path, name: str) -> None:
     stock_model(name).save_pretrained(tmp_path)
     facts = read_facts(read_json(tmp_path / "config.json"))
     assert _target(facts) is None

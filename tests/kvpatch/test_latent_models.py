@@ -26,7 +26,7 @@ from kvpatch.models.modeling_kvpatch import causal_lm_class
 from tests.families import tiny
 from tests.families.stock import Float64, full_logits, random_ids
 from tests.helpers import assert_close, assert_equal
-from tests.kvpatch.latents import EACH, NORMED, latent_model
+from tests.kvpatch.latents import EACH, NORMED, SHIFTED, latent_model
 from tests.kvpatch.stacks import MODELS, pairs, stock_model
 
 # a fresh model by name, with layers that share latents
@@ -204,9 +204,13 @@ def test_saving_and_loading_changes_nothing(saved: Callable[[str], Any], name: s
     with torch.no_grad():
         assert_equal(loaded(ids).logits, model(ids).logits)
     reader = model.family.attention_prefix.format(layer=pairs(name).index(0, 1))
-    names = [key for key in load_file(folder / "model.safetensors") if key.startswith(reader)]
-    parts = ("q_proj.weight", "q_proj.bias", "kv_b_proj.weight", "o_proj.weight", "o_proj.bias")
-    assert sorted(names) == sorted(reader + part for part in parts)
+    stored = load_file(folder / "model.safetensors")
+    names = {key.removeprefix(reader) for key in stored if key.startswith(reader)}
+    parts = {"q_proj.weight", "q_proj.bias", "kv_b_proj.weight", "o_proj.weight", "o_proj.bias"}
+    if name in NORMED:
+        parts |= {"q_rope.weight", *(key for key in names if key.startswith(model.family.q_norm))}
+        assert len(parts) > 6
+    assert names == parts
 
 
 _SCRIPT = """
@@ -234,7 +238,7 @@ for folder in map(Path, sys.argv[1:]):
 def test_trust_remote_code_alone_loads_a_folder(
     saved: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    names = ["llama", "gptj", "bloom"]
+    names = ["llama", "gptj", "bloom", "qwen3", "stablelm:norm-bias"]
     folders = [saved(name)[0] for name in names]
     result = subprocess.run(
         [sys.executable, "-c", _SCRIPT, *folders],
@@ -306,13 +310,17 @@ def test_what_a_family_does_not_have_is_refused(
         config_class(FAMILIES[model_type])(**{**_SIZES, **_LATENT, **settings})
 
 
-@pytest.mark.parametrize("name", NORMED)
-def test_norms_of_queries_and_keys_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(name, f"{tiny.family(name)}: this model norms its keys and adds a bias") for name in SHIFTED]
+    + [("qwen3", "qk_nope_head_dim is 4, but this model norms queries of 16 dims: give 16")],
+)
+def test_norms_that_latents_do_not_hold_are_refused(name: str, message: str) -> None:
     family = FAMILIES[tiny.family(name)]
     ranks, planes = [8] * 4, [[0, 1]] * 4
     settings = {**MODELS[name], **_LATENT, "kv_lora_rank": ranks, "kv_rope_planes": planes}
     config = config_class(family)(**settings)
-    with pytest.raises(ValueError, match=f"{family.model_type}: this model norms queries and keys"):
+    with pytest.raises(ValueError, match=message):
         causal_lm_class(family)(config)
 
 

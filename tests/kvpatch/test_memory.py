@@ -50,6 +50,12 @@ def test_latents_have_windows_too() -> None:
     assert cache.size(10) == 2 * 5 * (4 + 10)
 
 
+def test_scales_of_keys_are_beside_every_latent_that_is_cached() -> None:
+    sizes = {"layers": 3, "rank": [3, 3, 5], "rope_dim": 2, "sources": [0, 0, 2]}
+    cache = latent_cache(**sizes, scales=4)
+    assert [layer.values for layer in cache.layers] == [9, 0, 11]
+
+
 def test_latents_of_each_layer_and_those_that_layers_read() -> None:
     cache = latent_cache(
         layers=4,

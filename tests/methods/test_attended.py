@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, QkNorm
 from convert.methods import attended as module
 from convert.methods.attended import Attended, attended, presumed
 from convert.methods.cut import lost_without_turn
@@ -20,12 +20,17 @@ from convert.methods.mixing import Mixed, mixed, query_energy, rows_of
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, inputs_of, randn, random_layer
 from tests.methods.references import (
+    EPS,
+    NORMS,
     causal_weights,
     frequencies,
     heads_of,
+    key_factors_of,
+    normed,
     observed_of,
     original_scores,
     pairs_of,
+    with_norms,
 )
 
 N, T = 2, 6
@@ -48,10 +53,11 @@ class Case:
 
 
 def _case(shape: Shape, **options: Any) -> Case:
-    layer = _smaller(random_layer(shape, seed=2))
+    norm = options.get("norm")
+    layer = with_norms(_smaller(random_layer(shape, seed=2)), norm, seed=6)
     inputs = 0.7 * randn(N, T, shape.hidden, seed=4) + 0.3
     moment = inputs_of([inputs.flatten(0, 1)]).own[0]
-    rows = rows_of(layer)
+    rows = rows_of(layer, norm)
     weights = query_energy(rows, moment).view(shape.kv_heads, shape.group, rows.planes).sum(1)
     return Case(layer, mixed(rows, moment, weights), observed_of(layer, inputs, **options))
 
@@ -78,8 +84,12 @@ def _looped(
     order += range(2 * planes, width)
     looked = range(T) if chosen is None else chosen
     for inputs in case.observed.inputs:
-        mixing = causal_weights(original_scores(layer, inputs, turning, scale))
-        query, value = heads_of(layer, "q", inputs), heads_of(layer, "v", inputs)
+        norm = case.observed.scoring.norm
+        mixing = causal_weights(original_scores(layer, inputs, turning, scale, norm))
+        query = normed(heads_of(layer, "q", inputs), norm, layer.q_norm)
+        value = heads_of(layer, "v", inputs)
+        factors = torch.ones(T, layer.geometry.kv_heads)
+        factors = factors if norm is None else key_factors_of(layer, norm, inputs)
         parts = torch.einsum("pne,te->tpn", found.rows, augmented(inputs) + 0j)
         for h in range(heads):
             output = layer.o[:, h]
@@ -90,6 +100,7 @@ def _looped(
                     if by_output:
                         moved = output @ (value[s, h // group] - given)
                         share = share**2 * moved.square().sum()
+                    share = share * factors[s, h // group] ** 2
                     ordered = query[t, h, order]
                     queries[h] += share * torch.outer(ordered, ordered)
                     for p in range(planes):
@@ -124,6 +135,15 @@ def test_moments_are_sums_over_queries_keys_and_heads(shape: Shape, by_output: b
     turning = frequencies(shape.rope_dim // 2)
     found = attended(case.observed, case.mixed, by_output=by_output)
     _assert_same(found, _looped(case, by_output=by_output, turning=turning))
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("shape", [SHAPES["GQA"], SHAPES["MHA"]], ids=["GQA", "MHA"])
+def test_norms_of_queries_and_keys_count(shape: Shape, norm: QkNorm) -> None:
+    case = _case(shape, norm=norm, norm_eps=EPS)
+    turning = frequencies(shape.rope_dim // 2)
+    found = attended(case.observed, case.mixed)
+    _assert_same(found, _looped(case, by_output=True, turning=turning))
 
 
 @shapes

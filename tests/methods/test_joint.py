@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer, LatentLayer
+from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attended import Attended, attended
 from convert.methods.joint import (
     Joint,
     complete,
+    factored_jointly,
     joint,
     lost_in_latent,
     lost_with_turn,
@@ -24,18 +25,22 @@ from convert.methods.joint import (
     together,
     unpredicted,
 )
-from convert.methods.latent import Factored, factored, latent_form, still_keys, value_gram
+from convert.methods.latent import Factored, latent_form, still_keys, value_gram
 from convert.methods.merge import Inputs
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, correlated, inputs_of, randn, random_layer
 from tests.methods.references import (
+    NORMS,
     causal_weights,
     frequencies,
+    heads_of,
     latent_outcome,
+    normed,
     observed_of,
     original_outcome,
     original_scores,
     positive,
+    with_norms,
 )
 
 T, SAMPLES, SCALES = 8, 60, (0.37, 0.21, 0.3)
@@ -97,14 +102,7 @@ def _linear(count: int, hidden: int) -> list[Tensor]:
 
 
 def _factored(case: Case, keys: Tensor, rank: int) -> Factored:
-    return factored(
-        keys,
-        case.unit.rows.v,
-        key_metric=case.attended.queries,
-        value_gram=value_gram(case.unit.layer, case.attended.values),
-        moment=case.unit.moment,
-        rank=rank,
-    )
+    return factored_jointly(case.unit, case.attended, keys, rank, centred=True)
 
 
 def _converted(case: Case, kept: Tensor, rank: int) -> list[LatentLayer]:
@@ -143,7 +141,7 @@ def test_what_is_linear_in_one_input_is_shared_without_loss(shape: Shape, count:
         wanted = original_outcome(case.unit.layers[place], own, speeds, SCALES[place])
         # the ridge of the predictions is a millionth of the inputs' power
         atol = (1e-4 if place else 1e-10) * float(wanted.abs().max())
-        assert_close(latent_outcome(layer, own, speeds, read), wanted, atol=atol)
+        assert_close(latent_outcome(layer, own, speeds, read=read), wanted, atol=atol)
         assert layer.geometry.rope_dim == count * shape.kv_heads * shape.rope_dim
     assert unpredicted(case.unit, case.attended, case.inputs) == pytest.approx(
         [0] * count, abs=1e-6
@@ -227,6 +225,56 @@ def test_a_unit_of_one_is_the_layer() -> None:
     part = Attended(*(randn(2, 2, seed=n) for n in range(4)))
     found = together([part], [1.0], [1.0])
     assert all(getattr(found, n).equal(getattr(part, n)) for n in ("energy", "queries", "values"))
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_components_of_normed_keys_count_as_their_norm_lets_them(norm: QkNorm) -> None:
+    """For one token the norms are known; all components of a plane carry what its heads do."""
+    shape = Shape(kv_heads=2, group=2, interleaved=True)
+    layer = with_norms(random_layer(shape, seed=3), norm, seed=6)
+    assert layer.q is not None
+    assert layer.k is not None
+    layer = dataclasses.replace(layer, q=1e6 * layer.q, k=1e6 * layer.k)  # epsilon is nothing
+    token = randn(1, shape.hidden, seed=4)
+    unit = joint([layer], inputs_of([token]), [1.0], norm)
+    query, key = (
+        normed(heads_of(layer, part, token), norm, getattr(layer, f"{part}_norm"))[0]
+        for part in ("q", "k")
+    )
+    power = [
+        heads[:, : shape.rope_dim].unflatten(1, (-1, 2)).square().sum(-1)
+        for heads in (query, key.repeat_interleave(shape.group, 0))
+    ]
+    expected = (power[0] * power[1]).sum(0)
+    assert_close(unit.mixed.energy.sum(-1), expected, atol=1e-8 * float(expected.max()))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_what_the_latent_of_normed_keys_leaves_out(norm: QkNorm, centred: bool) -> None:
+    """Constants among it, whether or not the result can hold them elsewhere."""
+    shape, rank = SHAPES["GQA biases"], 4
+    layer = with_norms(random_layer(shape, seed=3), norm, seed=6)
+    samples = randn(SAMPLES, shape.hidden, seed=4) + 0.5
+    unit = joint([layer], inputs_of([samples]), [1.0], norm)
+    seen = _case(shape, [samples]).attended
+    still = torch.ones_like(seen.turn)
+    keys = still_keys(unit.rows, unit.mixed, still, torch.zeros(still.shape[1:]).bool(), 1.0)
+    factors = factored_jointly(unit, seen, keys, rank, centred=centred)
+    (found,) = lost_in_latent(unit, seen, keys, factors, centred=centred)
+    gram, read = value_gram(layer, seen.values), augmented(samples)
+
+    def energy(keys: Tensor, values: Tensor) -> float:
+        flat = values.flatten(1)
+        whole = torch.einsum("thd,hdf,thf->", keys, seen.queries, keys)
+        return float(whole + torch.einsum("ta,ab,tb->", flat, gram, flat))
+
+    latents = read @ factors.latent.T
+    given = [torch.einsum("hde,te->thd", rows, read) for rows in (keys, unit.rows.v)]
+    held = [torch.einsum("hdr,tr->thd", up, latents) for up in (factors.k_up, factors.v_up)]
+    lost = energy(given[0] - held[0], given[1] - held[1])
+    assert found == pytest.approx(lost / energy(*given), rel=1e-6)
+    assert 0.01 < found < 0.99
 
 
 def test_attention_of_a_reader_is_measured_on_the_keys_that_it_will_read() -> None:
