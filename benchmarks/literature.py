@@ -8,6 +8,7 @@ uncentred PCA. Here for comparison alone; nothing in the package uses it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from convert.facts import read_facts, with_stored_names
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.attention import Scoring, keys, values
 from convert.methods.fitting import head_outputs, projected, second_moments
-from convert.methods.latent import Factored, factored, latent_form
+from convert.methods.latent import factored, latent_form
 from convert.methods.mixing import Mixed, Rows, rows_of
 from convert.methods.refit_latent import expanded
 from convert.streams import ready, scoring_of
@@ -89,7 +90,7 @@ def _published(
     component[~kept] = torch.complex(real, imaginary)
     read = torch.einsum("gpj,pjr->gpr", mixed.maps, component)
     k_up = torch.stack([read.real, read.imag], 2).flatten(1, 2)
-    factors = Factored(found.latent, k_up, found.v_up, found.v_constant, found.spectrum)
+    factors = dataclasses.replace(found, k_up=k_up)
     return latent_form(layer, rows, mixed, kept=kept, factored=factors, scale=scale)
 
 

@@ -173,6 +173,7 @@ def choose_latents(
         tokens=tokens,
         device=recipe.device,
         pairs=_pairs_to_compare(recipe, facts, splits, len(units)),
+        rank=most_dims(facts).rank if recipe.per_layer else max(own.rank for own in splits),
         selection=recipe.rope_select,
         progress=progress,
     )

@@ -175,7 +175,7 @@ def _calibration_bytes(
     layer = 4 * sum(prod(i.shape) for n, i in tensors.items() if n.startswith(prefix))
     embedding = 4 * max(prod(i.shape) for n, i in tensors.items() if not n.startswith(prefix))
     squares = 8 * (2 * unit + 3) * (geometry.hidden + 1) ** 2
-    return max(embedding, (2 + unit) * layer + squares + 6 * scores) + (3 * unit + 8) * stream
+    return max(embedding, (2 + unit) * layer + squares + 6 * scores) + (4 * unit + 10) * stream
 
 
 def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:

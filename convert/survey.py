@@ -59,6 +59,7 @@ def survey(
     tokens: Tensor | None,
     device: str,
     pairs: Sequence[int],
+    rank: int,
     selection: Selection,
     progress: Callable[[int], None],
 ) -> list[Survey]:
@@ -71,6 +72,7 @@ def survey(
         tokens: [N, T] calibration windows; None to presume attention from the weights.
         device: Where the layers run.
         pairs: Numbers of rotary pairs to predict losses for.
+        rank: Latent dims up to which they are predicted.
         selection: How pairs are chosen.
         progress: Called with the number of layers just done.
 
@@ -85,7 +87,8 @@ def survey(
     )
     found = []
     for unit, (layers, seen, power) in zip(units, looks, strict=True):
-        found.append(Survey(seen, _prospect(layers, seen, pairs, selection, power)))
+        prospect = _prospect(layers, seen, pairs, rank=rank, selection=selection, power=power)
+        found.append(Survey(seen, prospect))
         progress(len(unit))
     return found
 
@@ -148,6 +151,8 @@ def _prospect(
     unit: Joint,
     seen: Attended,
     pairs: Sequence[int],
+    *,
+    rank: int,
     selection: Selection,
     power: float | None,
 ) -> Prospect:
@@ -157,17 +162,20 @@ def _prospect(
         unit: The layers.
         seen: What attention makes of their keys.
         pairs: Numbers of rotary pairs to predict losses for.
+        rank: Latent dims up to which they are predicted.
         selection: How pairs are chosen.
         power: Of the residual stream, the unit of its energies; None if it is not known, and each
             unit of layers counts alike.
     """
     cut = lost_without_turn(seen)
-    turning, spectra = {}, {}
+    turning, spectra, beyond = {}, {}, {}
+    whole = 0.0
     for count in dict.fromkeys(min(count, cut.numel()) for count in pairs):
         (kept,) = kept_components([cut], count, selection, common=False)
         still = still_keys(unit.rows, unit.mixed, seen.turn, kept, 1.0)
-        spectra[count] = factored_jointly(unit, seen, still, 1, centred=True).spectrum
+        found = factored_jointly(unit, seen, still, rank, centred=True)
+        spectra[count], beyond[count] = found.kept, found.lost
+        whole = max(whole, found.energy)
         turning[count] = (1 if power is None else _TURNING) * float(cut[~kept].sum())
-    whole = max((float(spectrum.sum()) for spectrum in spectra.values()), default=0.0)
     whole += float(seen.energy.sum())
-    return Prospect(turning, spectra, 1 / (power or whole or 1.0))
+    return Prospect(turning, spectra, beyond, 1 / (power or whole or 1.0))

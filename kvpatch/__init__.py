@@ -1,7 +1,8 @@
 """Runtime side of kvpatch: what a converted model needs when it is loaded and run.
 
-Importing it registers the model classes of converted checkpoints with the auto classes of
-transformers, at once or when transformers is imported; it imports neither transformers nor torch.
+Importing it registers the model classes of converted checkpoints, and the attention function
+``kvpatch_triton``, with transformers, at once or when that is imported; it imports neither
+transformers nor torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,61 +1,41 @@
-"""Absorbed decoding in a loaded stock model: put it in, take it out.
+"""Fused attention in a loaded model: put it in, take it out.
 
-Only the class of attention modules changes, one instance at a time: weights, cache, configuration
-and other models stay as they are, and nothing of it is saved with the model.
+Models that ask for an attention function are set to ours. In those that do not, and in stock MLA
+models, the class of the attention modules changes too. Either way it is one instance: weights,
+cache and other models stay as they are, and nothing of it is saved with the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvpatch.attention.latent import (
-    STOCK,
-    AbsorbedDecoding,
-    absorbed_class,
-    obstacle,
-    stock_class,
-)
+from kvpatch.attention.stock import Swapped
+from kvpatch.attention.survey import Attention, Report, attentions, report_on
+from kvpatch.attention.swapping import stock_class, swapped_class
 from kvpatch.errors import UsageError
+from kvpatch.models.scores_kvpatch import FUSED
 
 __all__ = ["Report", "patch", "patched", "unpatch"]
 
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the attention modules of a model run, by their names in the model.
-
-    Args:
-        absorbed: Modules that decode in the absorbed form, with the class they are from.
-        expanded: Modules that are patched and still decode in the expanded form, with what stands
-            in the way; they change over as soon as it does not.
-        left: Modules that are not patched, with the reason.
-    """
-
-    absorbed: Mapping[str, str]
-    expanded: Mapping[str, str]
-    left: Mapping[str, str]
-
-    def __str__(self) -> str:
-        modules = len(self.absorbed) + len(self.expanded) + len(self.left)
-        lines = [f"{len(self.absorbed)} of {modules} attention modules decode in absorbed form"]
-        lines += [f"{name}: expanded, {why}" for name, why in self.expanded.items()]
-        lines += [f"{name}: not patched, {why}" for name, why in self.left.items()]
-        return "\n".join(lines)
+# of a patched module: the attention function that its model was set to before
+_BEFORE = "_kvpatch_before"
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> Report:
-    """Let a stock MLA model decode on its latents, with the same weights and the same outputs.
+    """Let a model attend by our kernels, with the same weights and the same outputs.
 
-    Training, prefill and saving stay as they are. A second call changes nothing more.
+    A second call changes nothing more. What kernels cannot do, torch does; the report says so now,
+    and a warning when it happens.
 
     Args:
-        model: A loaded model, or a module that has one in it.
-        strict: Fail unless every attention module decodes in the absorbed form.
+        model: A loaded model of transformers, or a module that has one in it.
+        strict: Fail unless kernels do all of the attention.
 
     Returns:
         What each attention module runs from now on.
@@ -64,26 +44,33 @@ def patch(model: nn.Module, *, strict: bool = False) -> Report:
         UsageError: If nothing can be patched, or not everything with ``strict``; the model is as
             it was then.
     """
-    report, modules = _plan(model)
-    if not modules:
-        known = ", ".join(row.name for row in STOCK)
+    found = attentions(model)
+    report = report_on(found)
+    chosen = [attention for attention in found if attention.refusal is None]
+    if not chosen:
         raise UsageError(
             f"no attention module of this {type(model).__name__} can be patched"
-            + "".join(f"; {name}: {why}" for name, why in report.left.items()),
-            hint=f"Absorbed decoding is for the attention classes {known}.",
+            + "".join(f"; {a.name}: {a.refusal}" for a in found),
+            hint="Patch a model of transformers whose attention is known; see the documentation.",
         )
-    if strict and (report.expanded or report.left):
+    if strict and any(route.why is not None for route in report.modules.values()):
         raise UsageError(
-            f"not every attention module can decode in absorbed form: {report}",
-            hint="Without strict=True the rest of the model is patched.",
+            f"kernels cannot do all of the attention of this model:\n{report}",
+            hint="Without strict=True torch does the rest.",
         )
-    for module in modules:
-        _swap(module)
+    new = [attention for attention in chosen if not hasattr(attention.module, _BEFORE)]
+    own = _own_configs(model, new)
+    for attention in new:
+        attention.module.__dict__[_BEFORE] = attention.config._attn_implementation
+        own[id(attention.config)]._attn_implementation_internal = FUSED
+        row = stock_class(type(attention.module))
+        if row is not None and "forward" not in vars(attention.module):
+            attention.module.__class__ = swapped_class(row)
     return report
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Give every patched module its stock class back.
+    """Give every patched module its stock class and its attention function back.
 
     Args:
         model: As for ``patch``.
@@ -96,7 +83,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
     """
     found = _patched_modules(model)
     _restore(found)
-    return tuple(found)
+    return tuple(attention.name for attention in found)
 
 
 @contextmanager
@@ -113,63 +100,49 @@ def patched(model: nn.Module, *, strict: bool = False) -> Iterator[Report]:
     Raises:
         UsageError: As ``patch`` and ``unpatch`` do.
     """
-    before = _patched_modules(model)
+    before = {attention.name for attention in _patched_modules(model)}
     report = patch(model, strict=strict)
-    ours = {name: m for name, m in _patched_modules(model).items() if name not in before}
     try:
         yield report
     finally:
-        _restore(ours)
+        _restore([a for a in _patched_modules(model) if a.name not in before])
 
 
-def _plan(model: nn.Module) -> tuple[Report, list[nn.Module]]:
-    """What each attention module will run, and those that run it with our class."""
-    absorbed, expanded, left = dict[str, str](), dict[str, str](), dict[str, str]()
-    modules = []
-    for name, module in model.named_modules():
-        if not type(module).__name__.endswith("Attention"):
-            continue
-        if (why := _refusal(module)) is not None:
-            left[name] = why
-            continue
-        modules.append(module)
-        why = obstacle(module)
-        (absorbed if why is None else expanded)[name] = why or _stock_name(module)
-    return Report(absorbed, expanded, left), modules
+def _patched_modules(model: nn.Module) -> list[Attention]:
+    return [a for a in attentions(model) if hasattr(a.module, _BEFORE)]
 
 
-def _patched_modules(model: nn.Module) -> dict[str, AbsorbedDecoding]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, AbsorbedDecoding)}
+def _own_configs(model: nn.Module, chosen: list[Attention]) -> dict[int, Any]:
+    """Give a model configs of its own, which other models may have had, too.
+
+    Returns:
+        The new config for the id of each that a chosen module had.
+    """
+    copies: dict[int, Any] = {}
+    if chosen:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                copy.deepcopy(module.config, copies)
+    for attention in chosen:
+        copy.deepcopy(attention.config, copies)
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if isinstance(held, PreTrainedConfig) and id(held) in copies:
+                module.__dict__[name] = copies[id(held)]
+    return copies
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why a module cannot be patched, or None if it can or is."""
-    kind = type(module)
-    if isinstance(module, AbsorbedDecoding):
-        return None
-    if stock_class(kind) is None:
-        latents = hasattr(module, "kv_b_proj")
-        return f"{kind.__name__} {'has no absorbed form here' if latents else 'has no latents'}"
-    return "its forward was replaced, by hooks for example" if "forward" in vars(module) else None
-
-
-def _stock_name(module: nn.Module) -> str:
-    return (module.stock if isinstance(module, AbsorbedDecoding) else type(module)).__name__
-
-
-def _swap(module: nn.Module) -> None:
-    row = stock_class(type(module))
-    if row is not None:  # else it is patched already
-        module.__class__ = absorbed_class(row)
-
-
-def _restore(modules: Mapping[str, Any]) -> None:
-    """Give modules their stock class back; all of them or none."""
-    for name, module in modules.items():
-        if "forward" in vars(module):
+def _restore(found: list[Attention]) -> None:
+    """Undo what was done to modules; to all of them or none."""
+    for attention in found:
+        if isinstance(attention.module, Swapped) and "forward" in vars(attention.module):
             raise UsageError(
-                f"the forward of {name} was replaced after it was patched",
+                f"the forward of {attention.name} was replaced after it was patched",
                 hint="Remove the hooks that replaced it, then unpatch.",
             )
-    for module in modules.values():
-        module.__class__ = module.stock
+    for attention in found:
+        before = attention.module.__dict__.pop(_BEFORE)
+        if attention.config._attn_implementation == FUSED:  # else it was set since
+            attention.config._attn_implementation_internal = before
+        if isinstance(attention.module, Swapped):
+            attention.module.__class__ = attention.module.stock  # type: ignore[assignment]

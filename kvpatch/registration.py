@@ -1,4 +1,4 @@
-"""Make the auto classes of transformers know the model_types of converted models.
+"""Make transformers know the model_types of converted models, and our attention function.
 
 Nothing heavy is imported before it is needed: transformers not before the user imports it, and the
 classes of a family not before a checkpoint of that family is loaded.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -20,14 +20,20 @@ from kvpatch.models.families_kvpatch import FAMILIES, Family
 __all__ = ["register", "register_with_transformers"]
 
 _AUTO = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.modeling_utils"
 
 
 def register_with_transformers() -> None:
-    """Register now if the auto classes are imported already, else as soon as they are."""
-    if _AUTO in sys.modules:
-        register()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    """Register now what is known to modules that are imported, the rest as soon as they are."""
+    for module, action in ((_AUTO, register), (_MODELS, _register_attention)):
+        if module in sys.modules:
+            action()
+        else:
+            sys.meta_path.insert(0, _AfterImport(module, action))
+
+
+def _register_attention() -> None:
+    importlib.import_module("kvpatch.attention.interface").register()
 
 
 def register() -> None:
@@ -69,26 +75,35 @@ def _stand_in(family: Family) -> type[Any]:
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits for one module to be imported, and registers once it has been."""
+    """Waits for a module to be imported, and acts once it has been.
+
+    Args:
+        module: Its full name.
+        action: What to do then.
+    """
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self.module = module
+        self.action = action
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Find the awaited module as if this finder did not exist, with its loader wrapped."""
-        if name != _AUTO:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
+            _act_after(spec.loader, self.action)
         return spec
 
 
-def _register_after(loader: Loader) -> None:
+def _act_after(loader: Loader, action: Callable[[], None]) -> None:
     execute = loader.exec_module
 
-    def execute_and_register(module: ModuleType) -> None:
+    def execute_and_act(module: ModuleType) -> None:
         execute(module)
-        register()
+        action()
 
-    loader.exec_module = execute_and_register  # type: ignore[method-assign]
+    loader.exec_module = execute_and_act  # type: ignore[method-assign]

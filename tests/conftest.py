@@ -11,7 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from tests.kernels.interpreter import import_triton
+
 torch.set_num_threads(1)
+import_triton()  # before something else imports it, which would define its functions for a GPU
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 

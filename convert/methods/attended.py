@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer
-from convert.methods.attention import key_factors, project, projected_queries, weights
+from convert.methods.attention import (
+    key_factors,
+    keys,
+    logits,
+    project,
+    projected_queries,
+    queries,
+    weights,
+)
 from convert.methods.fitting import Observed
 from convert.methods.mixing import Mixed, Rows
 
@@ -61,44 +69,44 @@ def attended(
     assert layer.q is not None
     heads, group = layer.geometry.heads, layer.geometry.group
     planes, count = mixed.energy.shape
-    kind = observed.inputs.dtype.to_complex()
-    turn = observed.scoring.turn.to(kind)
-    turn = turn / turn.abs()
+    kind, turn = observed.inputs.dtype, observed.scoring.turn
+    turn = turn.to(kind.to_complex()) / turn.abs()
     energy = torch.zeros(heads, planes, count, dtype=torch.float64)
     turned = torch.zeros(heads, planes, count, dtype=torch.complex128)
-    queries = torch.zeros(
-        heads, layer.geometry.head_dim, layer.geometry.head_dim, dtype=torch.float64
-    )
-    values = torch.zeros(heads, heads, dtype=torch.float64)
-    rows = mixed.rows.to(kind).flatten(0, 1).to(turn.device)
+    width = layer.geometry.head_dim
+    asked = torch.zeros(heads, width, width, dtype=torch.float64)
+    together = torch.zeros(heads, heads, dtype=torch.float64)
+    rows = mixed.rows.flatten(0, 1)
+    rows = torch.cat([rows.real, rows.imag]).to(turn.device, kind)
     seen = 0
     for window, inputs in zip(
         _windows(observed), observed.inputs if read is None else read, strict=True
     ):
         chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
-        attention = _weights(window)[:, chosen]
-        importance = _importance(window, attention, chosen) if by_output else attention
+        attention = _weights(window, chosen)
+        importance = _importance(window, attention) if by_output else attention
         importance = importance * _key_powers(window)
-        parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).to(kind) @ rows.mT
-        power = parts.abs().square().view(len(parts), planes, count)
-        spun = power * turn[..., None]
-        stacked = torch.cat([power, spun.real, spun.imag], 1).flatten(1)
-        query = projected_queries(layer, window.scoring, window.inputs)[0][:, chosen]
-        for head in range(heads):
-            read = (importance[head] @ stacked).view(len(chosen), 3, planes, count)
-            size = query[head, :, : 2 * planes].square().reshape(len(chosen), planes, 2).sum(-1)
-            energy[head] += torch.einsum("tp,tpn->pn", size, read[:, 0]).double().cpu()
-            back = size * turn[chosen].conj()
-            found = torch.complex(read[:, 1], read[:, 2])
-            turned[head] += torch.einsum("tp,tpn->pn", back, found).to(torch.complex128).cpu()
+        query = projected_queries(layer, window.scoring, window.inputs[:, chosen])[0]
+        parts = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1) @ rows.mT
+        power = parts.square().view(len(parts), 2, planes, count).sum(1)
+        size = query[..., : 2 * planes].square().reshape(*query.shape[:2], planes, 2).sum(-1)
+        back = size * turn[chosen].conj()
+        # what the chosen queries make of each token in each plane, before its components are told
+        made = importance.mT @ torch.cat([size, back.real, back.imag], -1)
+        still, real, imaginary = torch.split(made, [planes] * 3, -1)
+        spun = torch.complex(real, imaginary) * turn
+        energy += torch.einsum("hsp,spn->hpn", still, power).double().cpu()
+        turned += torch.complex(
+            *(torch.einsum("hsp,spn->hpn", part, power) for part in (spun.real, spun.imag))
+        ).to(turned)
         total = importance.sum(-1)
-        queries += torch.einsum("ht,htd,hte->hde", total, query, query).double().cpu()
+        asked += torch.einsum("ht,htd,hte->hde", total, query, query).double().cpu()
         flat = attention.flatten(1)
-        values += (flat @ flat.mT).double().cpu()
+        together += (flat @ flat.mT).double().cpu()
         seen += len(chosen)
     scale = mixed.maps.abs().square().repeat_interleave(group, 0)
     mean = turned / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-    return Attended(scale * energy / seen, mean, queries / seen, values / seen)
+    return Attended(scale * energy / seen, mean, asked / seen, together / seen)
 
 
 def presumed(
@@ -153,10 +161,15 @@ def _windows(observed: Observed) -> Iterator[Observed]:
         yield dataclasses.replace(observed, inputs=observed.inputs[n : n + 1])
 
 
-def _weights(window: Observed) -> Tensor:
-    """Attention weights [H, T, T]."""
-    heads = range(window.layer.geometry.heads)
-    return weights(window.scores(heads), window.scoring)[0]
+def _weights(window: Observed, chosen: Tensor) -> Tensor:
+    """Attention weights [H, t, T] of the chosen queries."""
+    scoring = window.scoring
+    offset = None if scoring.offset is None else scoring.offset[:, chosen]
+    part = dataclasses.replace(
+        scoring, visible=scoring.visible[chosen], turn=scoring.turn[chosen], offset=offset
+    )
+    query = queries(window.layer, part, window.inputs[:, chosen])
+    return weights(logits(query, keys(window.layer, scoring, window.inputs), part), part)[0]
 
 
 def _key_powers(window: Observed) -> Tensor:
@@ -169,7 +182,7 @@ def _key_powers(window: Observed) -> Tensor:
     return factors.square().repeat_interleave(layer.geometry.heads // len(factors), 0)[:, None]
 
 
-def _importance(window: Observed, attention: Tensor, chosen: Tensor) -> Tensor:
+def _importance(window: Observed, attention: Tensor) -> Tensor:
     """``a_ts^2 |O_h (v_s - o_t)|^2`` [H, t, T] of the chosen queries."""
     layer = window.layer
     assert layer.v is not None

@@ -26,12 +26,14 @@ class Prospect:
 
     Args:
         turning: By the number of rotary pairs, energy that is lost with the rotation of the rest.
-        spectra: By the same, [E] energy that each further dim of the latent keeps, falling.
+        spectra: By the same, [R] energy that each further dim of the latent keeps, falling.
+        beyond: By the same, energy that a latent of all these dims leaves out.
         weight: What its energy counts beside that of other units.
     """
 
     turning: Mapping[int, float]
     spectra: Mapping[int, Tensor]
+    beyond: Mapping[int, float]
     weight: float
 
     def lost(self, pairs: int, rank: int) -> float:
@@ -44,9 +46,10 @@ class Prospect:
 
     @cached_property
     def tails(self) -> Mapping[int, Tensor]:
-        """By pairs, [E + 1] what a latent of each rank from 0 on leaves out."""
+        """By pairs, [R + 1] what a latent of each rank from 0 on leaves out."""
         return {
             pairs: torch.cat([spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)])
+            + self.beyond[pairs]
             for pairs, spectrum in self.spectra.items()
         }
 

@@ -280,17 +280,18 @@ def _refit_all_values(
     for at, item in enumerate(converted):
         mixed = head_outputs(item, observed[at].scoring, inputs_of[at], shared)
         missing[at] -= projected(item, mixed)
+    asked = [
+        queries(item, observed[at].scoring, inputs_of[at]) for at, item in enumerate(converted)
+    ]
     for slot in range(layer.geometry.kv_heads):
         heads = slice(slot * group, (slot + 1) * group)
         value = basis.inputs @ rows[slot].mT
         readers = []
         for at, item in enumerate(converted):
             assert item.o is not None
-            query = queries(item, observed[at].scoring, inputs_of[at])[:, heads]
-            scores = logits(query, shared[0][:, slot : slot + 1], observed[at].scoring)
-            mixing = weights(
-                scores, _for_heads(observed[at].scoring, range(heads.start, heads.stop))
-            )
+            scoring, key = observed[at].scoring, shared[0][:, slot : slot + 1]
+            scores = logits(asked[at][:, heads], key, scoring)
+            mixing = weights(scores, _for_heads(scoring, range(heads.start, heads.stop)))
             output = item.o[:, heads]
             missing[at] += _outcome(mixing, value, output)
             readers.append(ValueReader(mixing, scales[at] * output, scales[at] * missing[at]))

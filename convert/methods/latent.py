@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
 from convert.methods.mixing import Mixed, Rows
+from convert.methods.spectral import leading, lower_root
 from convert.planes import planes_of
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "with_idle_pairs",
 ]
 
-_FLOOR = 1e-9  # of the largest variance of the inputs
+_FLOOR = 1e-12  # of the norm of the inputs' second moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,21 @@ class Factored:
         k_up: [H, Dn, R].
         v_up: [Hkv, Dv, R].
         v_constant: [Hkv, Dv] what the mean input adds to the values.
-        spectrum: [E] what each further dim of the latent would keep, the largest first.
+        kept: [R] what each dim of the latent keeps of the energy, the largest first.
+        energy: Of all keys and values.
     """
 
     latent: Tensor
     k_up: Tensor
     v_up: Tensor
     v_constant: Tensor
-    spectrum: Tensor
+    kept: Tensor
+    energy: float
+
+    @property
+    def lost(self) -> float:
+        """Energy that the latent leaves out."""
+        return max(0.0, self.energy - float(self.kept.sum()))
 
 
 def still_keys(rows: Rows, mixed: Mixed, turn: Tensor, kept: Tensor, factor: float) -> Tensor:
@@ -97,21 +105,17 @@ def factored(
         rank: R.
         centred: Leave constants out of the latent.
     """
-    covariance, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
-    covariance = covariance - mean[:, None] * mean
-    variance, directions = torch.linalg.eigh(covariance)
-    root = directions * variance.clamp(min=_FLOOR * variance[-1].item()).sqrt()
-    inverse = directions / variance.clamp(min=_FLOOR * variance[-1].item()).sqrt()
+    whole, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
+    root = lower_root(whole - mean[:, None] * mean, _FLOOR * float(whole.norm()))
     read_keys, read_values = keys[..., :-1] @ root, values[..., :-1] @ root
     flat = read_values.flatten(0, 1)
     gram = torch.einsum("hde,hdf,hfg->eg", read_keys, key_metric, read_keys)
     gram = gram + flat.mT @ value_gram @ flat
-    spectrum, vectors = torch.linalg.eigh(gram)
-    top = vectors[:, -rank:].flip(1)
+    kept, top = leading(gram, rank)
     v_up = read_values @ top
-    latent = (inverse @ top).mT
+    latent = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
     constant = values[..., :-1] @ mean + values[..., -1] - v_up @ (latent @ mean)
-    return Factored(latent, read_keys @ top, v_up, constant, spectrum.flip(0).clamp(min=0))
+    return Factored(latent, read_keys @ top, v_up, constant, kept, float(gram.trace()))
 
 
 def value_gram(layer: AttentionLayer, together: Tensor) -> Tensor:

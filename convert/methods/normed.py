@@ -9,6 +9,8 @@ normed query takes the place of their rows.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -67,7 +69,7 @@ def factored_whole(
         centred=False,
     )
     constant = (values - found.v_up @ found.latent) @ moment[:, -1]
-    return Factored(found.latent, found.k_up, found.v_up, constant, found.spectrum)
+    return dataclasses.replace(found, v_constant=constant)
 
 
 def normed_form(

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, Geometry, LatentLayer, Rope
-from convert.methods.attention import Scoring, key_factors, keys, rotate, values
+from convert.methods.attention import (
+    Scoring,
+    key_factors,
+    keys,
+    logits,
+    project,
+    queries,
+    rotate,
+    values,
+)
 from convert.methods.fitting import Each, Observed, Shared
 from convert.methods.least_squares import solve, total
 from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
@@ -166,6 +175,10 @@ class _Reader:
     def __init__(self, reading: Reading, *, share: float) -> None:
         layer = reading.layer
         self.reading, self.share, nope = reading, share, layer.geometry.nope_dim
+        # of the original, once for all the times that a head's scores are wanted
+        original = reading.observed
+        self._asked = queries(original.layer, original.scoring, original.inputs)
+        self._read = keys(original.layer, original.scoring, original.inputs)
         self.basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
         bias = None if layer.q_bias is None else _rope_first(layer.q_bias, nope)
         self.rows = _with_bias(_rope_first(layer.q, nope), bias) @ self.basis.there
@@ -174,7 +187,8 @@ class _Reader:
     def ruler(self, head: int) -> Ruler:
         """The metric of the scores of a head."""
         reading, rows = self.reading, self.rows[head : head + 1]
-        target = reading.observed.scores([head])
+        read = self._read[:, head // (self._asked.shape[1] // self._read.shape[1]), None]
+        target = logits(self._asked[:, head, None], read, reading.observed.scoring)
         return Ruler(Reader(self.basis, rows, target, reading.scoring, self.share))
 
     def fit_queries(self, ruler: Ruler, head: int, key: Tensor, seed: int) -> None:
@@ -254,50 +268,43 @@ class _Fit:
     def rotary_key(self) -> None:
         """Refit the projection of the rotary key for all heads that read it."""
         width, inputs = len(self._key_rows), self._key_basis.inputs
-        turn = self._scoring.turn
+        windows, turn = range(len(inputs)), self._scoring.turn
+        # queries [N, H, T, Dr] of each layer with their scale
+        asked = [
+            rotate(project(reader.rows[:, :width], None, reader.basis.inputs), turn)
+            * reader.reading.scoring.scale
+            for reader in self._readers
+        ]
 
-        def back(window: int, weighted: Tensor, query: Tensor) -> Tensor:
-            turned = (weighted.mT @ query[..., :width]).sum(0)
-            return rotate(turned, turn.conj()).mT @ inputs[window]
-
-        def summed(of: Callable[[_Reader, int], Tensor]) -> Tensor:
+        def summed(errors: Callable[[int, int, Ruler, int], Tensor]) -> Tensor:
+            """From errors [1, T, T] of each layer, head and window, a pull at the rows."""
             parts: dict[tuple[int, int], Tensor] = {}
 
             def one(reader: _Reader, head: int) -> None:
-                parts[self._readers.index(reader), head] = of(reader, head)
+                at, ruler = self._readers.index(reader), reader.ruler(head)
+                parts[at, head] = torch.stack(
+                    [errors(at, head, ruler, n)[0].mT @ asked[at][n, head] for n in windows]
+                )
 
             self._each_head(one, self._readers)
-            return total(part for _, part in sorted(parts.items()))[None]
+            turned = rotate(total(part for _, part in sorted(parts.items())), turn.conj())
+            return (turned.flatten(0, 1).mT @ inputs.flatten(0, 1))[None]
 
-        def pulled(reader: _Reader, head: int) -> Tensor:
-            ruler = reader.ruler(head)
-
-            def missing(window: int, query: Tensor) -> Tensor:
-                key = self._latents[window] @ reader.k_up[head].mT
-                return ruler.pull[window] - ruler.measure(window, query[..., width:] @ key.mT)
-
-            rows = ruler.reader.rows
-            return total(
-                back(n, missing(n, query), query)
-                for n, query in ((n, ruler.queries(n, rows)) for n in range(len(inputs)))
-            )
+        def missing(at: int, head: int, ruler: Ruler, window: int) -> Tensor:
+            reader = self._readers[at]
+            still = reader.basis.inputs[window] @ reader.rows[head, width:].mT
+            key = self._latents[window] @ reader.k_up[head].mT
+            standing = still * reader.reading.scoring.scale @ key.mT
+            return ruler.pull[window] - ruler.measure(window, standing[None])
 
         def normal(rows: Tensor) -> Tensor:
-            def of(reader: _Reader, head: int) -> Tensor:
-                ruler = reader.ruler(head)
-
-                def one(window: int) -> Tensor:
-                    query = ruler.queries(window, ruler.reader.rows)
-                    key = rotate(inputs[window] @ rows[0].mT, turn)
-                    scores = query[..., :width] @ key.mT
-                    return back(window, ruler.measure(window, scores), query)
-
-                return total(one(n) for n in range(len(inputs)))
-
-            return summed(of)
+            key = rotate(inputs @ rows[0].mT, turn).mT
+            return summed(
+                lambda at, head, ruler, n: ruler.measure(n, asked[at][n, head, None] @ key[n])
+            )
 
         self._key_rows = solve(
-            normal, summed(pulled), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
+            normal, summed(missing), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
         )[0]
 
     def _each_head(

@@ -98,12 +98,11 @@ def refit_output(
     before = before.double().mT
     gram = before.new_zeros(len(before), len(before))
     pull = torch.zeros_like(before)
-    for mixed, wanted in zip(heads.flatten(2), target, strict=True):
-        rows = mixed.double()
+    for rows, wanted in zip(heads.flatten(2), target, strict=True):
         if bias is not None:
-            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)  # noqa: PLW2901
         gram += rows.mT @ rows
-        pull += rows.mT @ wanted.double()
+        pull += rows.mT @ wanted
     # heads that give nothing at all leave the projection as it was
     strength = (_OUTPUT_RIDGE * gram.diagonal().mean()).clamp(min=1e-12)
     gram.diagonal().add_(strength)

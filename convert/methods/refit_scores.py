@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convert.methods.attention import Scoring, rotate, weights
 from convert.methods.least_squares import solve, total
+from convert.methods.spectral import lower_root
 
 __all__ = [
     "RIDGE",
@@ -39,7 +40,8 @@ RIDGE = 1e-2
 STEPS = 10
 # times that keys and queries are solved in turn: measured, three gain what costs half more
 _ROUNDS = 1
-_FLOOR = 1e-6  # of the largest variance of the inputs: directions below it are left alone
+# of the norm of the inputs' second moment: directions of a variance far below it are left alone
+_FLOOR = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +81,15 @@ class Reader:
 
 
 def basis_of(inputs: Tensor, *, bias: bool) -> Basis:
-    """White coordinates of inputs [N, T, E]; with ``bias``, of [x; 1]."""
+    """White coordinates of inputs [N, T, E], all but for a floor; with ``bias``, of [x; 1]."""
     if bias:
         inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
     rows = inputs.flatten(0, -2)
-    values, vectors = torch.linalg.eigh((rows.mT @ rows).double() / len(rows))
-    spread = values.clamp(min=_FLOOR * values[-1].item()).sqrt()
-    there = (vectors * spread).to(inputs.dtype)
-    back = (vectors / spread).to(inputs.dtype)
-    return Basis(inputs @ back, there, back.mT)
+    moment = (rows.mT @ rows).double() / len(rows)
+    root = lower_root(moment, _FLOOR * float(moment.norm()))
+    unit = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    back = torch.linalg.solve_triangular(root, unit, upper=False).to(inputs.dtype)
+    return Basis(inputs @ back.mT, root.to(inputs.dtype), back)
 
 
 def refit_queries(readers: Sequence[Reader], key: Tensor, *, seed: int) -> None:

@@ -1,1 +1,1 @@
-"""Attention of stock models, done in another way: what ``kvpatch.patch`` puts into them."""
+"""Fused attention for the models of transformers: under its name there, or patched into them."""

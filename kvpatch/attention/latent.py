@@ -1,81 +1,58 @@
-"""Absorbed decoding for the stock MLA attention of transformers.
+"""Attention to latents for the stock MLA classes of transformers.
 
-The stock classes cache latents, but expand all of them into keys and values at every step. The
-class here takes their place in a module that exists: the same weights and the same cache, and where
-it takes fewer multiplications, attention to the latents themselves.
+The stock classes cache latents, but expand all of them into keys and values at every step, and copy
+the rotary key for every head. The class here takes their place in a module that exists: the same
+weights and the same cache. Where it takes fewer multiplications it attends to the latents
+themselves, and else it leaves the rotary key apart.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvpatch.models.absorbed_kvpatch import absorbed_attention, beyond_weight, prefers_absorbed
+from kvpatch.attention.interface import attention_forward
+from kvpatch.attention.stock import StockClass, Swapped
+from kvpatch.models.absorbed_kvpatch import beyond_weight, prefers_absorbed
+from kvpatch.models.scores_kvpatch import FUSED
 
-__all__ = ["STOCK", "AbsorbedDecoding", "StockClass", "absorbed_class", "obstacle", "stock_class"]
+__all__ = ["STOCK", "LatentClass", "LatentDecoding"]
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
 
-# attention functions that the absorbed form equals; their masks are dense, or None
-_EQUALLED = ("eager", "sdpa")
 # arguments by which a caller changes the scores or keeps the keys elsewhere
 _NOT_ABSORBED = ("position_bias", "softcap", "s_aux", "cache")
 
 
-@dataclass(frozen=True, slots=True)
-class StockClass:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentClass(StockClass):
     """A stock MLA attention class.
 
     Args:
-        model_type: Of the models that have it.
-        name: Of the class.
         rotary: The function that turns queries and keys in the file of the class.
         interleaved: The one in its place where the config has ``rope_interleave``, if it can.
     """
 
-    model_type: str
-    name: str
     rotary: str
     interleaved: str | None = None
 
-    @property
-    def module(self) -> str:
-        """Name of the module that defines the class."""
-        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
+class LatentDecoding(Swapped):
+    """Mixin before a stock class: latents are expanded only where that is less work.
 
-_ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
-
-STOCK: tuple[StockClass, ...] = (
-    StockClass("deepseek_v2", "DeepseekV2Attention", "apply_rotary_emb"),
-    StockClass("deepseek_v3", "DeepseekV3Attention", *_ROTARY),
-    StockClass("youtu", "YoutuAttention", *_ROTARY),
-    StockClass("minicpm3", "MiniCPM3Attention", "apply_rotary_pos_emb"),
-    StockClass("glm4_moe_lite", "Glm4MoeLiteAttention", *_ROTARY),
-)
-_BY_CLASS: Mapping[tuple[str, str], StockClass] = {(row.module, row.name): row for row in STOCK}
-_PREFIX = "Absorbed"
-
-
-class AbsorbedDecoding(nn.Module):
-    """Mixin before a stock class: few queries against a cache attend to the latents.
-
-    The stock class does the rest: training, prefill, other attention functions, and every call
-    while ``kv_b_proj`` is not a plain linear layer. The up-projections are read from its weight at
-    every step, so that nothing goes stale when it changes.
+    The up-projections are read from the weight of ``kv_b_proj`` at every step, so that nothing
+    goes stale when it changes; if it is more than its weight, it is called. The stock class does
+    what another attention function is set for.
     """
 
-    row: StockClass
-    stock: type[nn.Module]
     config: Any
     layer_idx: int
+    attention_dropout: float
     q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -105,42 +82,46 @@ class AbsorbedDecoding(nn.Module):
         Returns:
             Output [B, T, E], and the weights [B, H, T, K] of eager attention.
         """
-        if arguments or not self._absorbs(hidden_states.shape[1], named):
+        if arguments or self.config._attn_implementation != FUSED:
             outcome: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, *arguments, **named
             )
             return outcome
-        query_nope, query_rope = self._queries(hidden_states)
+        mask, kv_cache = named.pop("attention_mask", None), named.pop("past_key_values", None)
+        query, query_rope = self._queries(hidden_states)
         latent, key_rope = self._latents(hidden_states)
-        query_rope, key_rope = self._rotate(query_rope, key_rope, named["position_embeddings"])
-        latent, key_rope = named["past_key_values"].update(latent, key_rope, self.layer_idx)
+        query_rope, key_rope = self._rotate(query_rope, key_rope, named.pop("position_embeddings"))
+        if kv_cache is not None:
+            latent, key_rope = kv_cache.update(latent, key_rope, self.layer_idx)
+        how = {
+            **named,
+            "query_rope": query_rope,
+            "key_rope": key_rope,
+            "scaling": self.scaling,
+            "dropout": self.attention_dropout if self.training else 0.0,
+        }
+        split = [self.qk_nope_head_dim, self.v_head_dim]
+        if self._absorbs(hidden_states.shape[1], latent.shape[2], mask, named):
+            up = self.kv_b_proj.weight.unflatten(0, (-1, sum(split)))
+            key_up, value_up = up.split(split, 1)
+            query = torch.einsum("bhtd,hdr->bhtr", query, key_up)
+            output, weights = attention_forward(self, query, latent, latent, mask, **how)
+            output = torch.einsum("bthr,hdr->bthd", output, value_up)
+        else:
+            up = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, sum(split))).transpose(1, 2)
+            key, value = up.split(split, -1)
+            output, weights = attention_forward(self, query, key, value, mask, **how)
+        return self.o_proj(output.flatten(2)), weights
 
-        up = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        key_up, value_up = up.split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        output, weights = absorbed_attention(
-            torch.einsum("bhtd,hdr->bhtr", query_nope, key_up),
-            query_rope,
-            latent,
-            key_rope,
-            named.get("attention_mask"),
-            scaling=self.scaling,
-        )
-        output = torch.einsum("bhtr,hdr->bthd", output, value_up).flatten(2)
-        # fused attention has no weights to show, so that the stock class returns none
-        eager = self.config._attn_implementation == "eager"
-        return self.o_proj(output), weights if eager else None
-
-    def _absorbs(self, tokens: int, named: Mapping[str, Any]) -> bool:
-        """Whether this call is for the absorbed form, given the arguments of the stock class."""
-        kv_cache, mask = named.get("past_key_values"), named.get("attention_mask")
-        if self.training or kv_cache is None or obstacle(self) is not None:
+    def _absorbs(
+        self, tokens: int, keys: int, mask: Tensor | None, named: Mapping[str, Any]
+    ) -> bool:
+        """Whether this call is for the absorbed form."""
+        if self.training or (mask is None and tokens > 1):
             return False
-        if mask is None and tokens > 1:
-            return False  # the attention function makes it causal, not we
         if any(named.get(name) is not None for name in _NOT_ABSORBED):
             return False
-        keys, _ = kv_cache.get_mask_sizes(tokens, self.layer_idx)
-        return prefers_absorbed(
+        return beyond_weight(self.kv_b_proj) is None and prefers_absorbed(
             tokens,
             keys,
             rank=self.kv_lora_rank,
@@ -178,37 +159,22 @@ class AbsorbedDecoding(nn.Module):
         return rotate(query, key, *((position_embeddings,) if whole else position_embeddings))
 
 
-def obstacle(attention: Any) -> str | None:
-    """Why a module decodes in the expanded form for now, or None if nothing stands in the way.
-
-    Args:
-        attention: A module of a stock class, patched or not.
-    """
-    implementation = attention.config._attn_implementation
-    if implementation not in _EQUALLED:
-        return f"its attention function is {implementation}, not one of {', '.join(_EQUALLED)}"
-    return beyond_weight(attention.kv_b_proj)
+def _row(model_type: str, name: str, rotary: str, interleaved: str | None = None) -> LatentClass:
+    return LatentClass(
+        model_type=model_type,
+        name=name,
+        own=LatentDecoding,
+        rotary=rotary,
+        interleaved=interleaved,
+    )
 
 
-def stock_class(kind: type[nn.Module]) -> StockClass | None:
-    """The row of a class, or None: a subclass of one in ``STOCK`` may compute something else."""
-    return _BY_CLASS.get((kind.__module__, kind.__qualname__))
+_ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 
-
-@cache
-def absorbed_class(row: StockClass) -> type[AbsorbedDecoding]:
-    """The stock class of a row with absorbed decoding.
-
-    It is a subclass, so that whoever looks for attention modules of the stock class finds it.
-    """
-    stock: type[nn.Module] = getattr(importlib.import_module(row.module), row.name)
-    members = {"__module__": __name__, "row": row, "stock": stock}
-    return type(f"{_PREFIX}{row.name}", (AbsorbedDecoding, stock), members)
-
-
-def __getattr__(name: str) -> type[AbsorbedDecoding]:
-    """Find the class of a pickled module, which may not be made yet in this process."""
-    for row in STOCK:
-        if name == f"{_PREFIX}{row.name}":
-            return absorbed_class(row)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+STOCK: tuple[LatentClass, ...] = (
+    _row("deepseek_v2", "DeepseekV2Attention", "apply_rotary_emb"),
+    _row("deepseek_v3", "DeepseekV3Attention", *_ROTARY),
+    _row("youtu", "YoutuAttention", *_ROTARY),
+    _row("minicpm3", "MiniCPM3Attention", "apply_rotary_pos_emb"),
+    _row("glm4_moe_lite", "Glm4MoeLiteAttention", *_ROTARY),
+)

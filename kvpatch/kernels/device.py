@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["LEAST_CAPABILITY", "interpreted", "obstacle"]
+__all__ = ["LEAST_CAPABILITY", "interpreted", "obstacle", "processors"]
 
 LEAST_CAPABILITY = (8, 0)  # bf16 products and asynchronous copies
 
@@ -38,3 +38,9 @@ def obstacle(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 in the interpreter, which runs one program at a time."""
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families_kvpatch import Family
-from .scores_kvpatch import combined_mask, eager_attention, visible
+from .scores_kvpatch import (
+    alibi_slopes,
+    combined_mask,
+    eager_attention,
+    narrowed,
+    span_of,
+    visible,
+)
 from .sharing_kvpatch import SharedKV, current_kv
 
 __all__ = ["KVAttention", "Rotation", "attention_class", "sinusoids", "turned_pairs"]
@@ -118,7 +125,13 @@ class KVAttention(nn.Module):
             position_bias = alibi.view(query.shape[0], query.shape[1], 1, -1)
         elif position_bias is not None:
             position_bias = position_bias[..., -key.shape[2] :]
-        mask = self._mask(attention_mask, query, key, kv_cache, position_bias)
+        span = span_of(attention_mask)
+        if span is None:
+            mask = self._mask(attention_mask, query, key, kv_cache, position_bias)
+        else:
+            mask = span if self.window is None else narrowed(span, self.window)
+            if position_bias is not None:
+                kwargs["slopes"] = alibi_slopes(query.shape[1], query.device)
         output, weights = self._attend(query, key, value, mask, position_ids=position_ids, **kwargs)
         output = self.o_proj(output.flatten(2))
         output = nn.functional.dropout(output, self.output_dropout, self.training)

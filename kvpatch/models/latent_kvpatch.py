@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .absorbed_kvpatch import absorbed_attention, beyond_weight, prefers_absorbed
 from .attention_kvpatch import KVAttention, Rotation, sinusoids, turned_pairs
 from .norms_kvpatch import HeadLinear, key_scales, norm_epsilon
+from .scores_kvpatch import FUSED
 
 __all__ = ["LatentAttention", "check_table"]
 
@@ -152,9 +153,16 @@ class LatentAttention(KVAttention):
         """
         value, scale = value[..., : self.rope_dim], value[..., self.rope_dim :]
         if self._absorbs(query.shape[2], key.shape[2], mask):
-            return self._absorbed(query, key, value, scale, mask)
+            return self._absorbed(query, key, value, scale, mask, **kwargs)
         up = self.kv_b_proj(key.squeeze(1)).unflatten(-1, (-1, self.nope_dim + self.value_dim))
         nope, values = up.transpose(1, 2).split([self.nope_dim, self.value_dim], -1)
+        if self.scales <= 1 and self.config._attn_implementation == FUSED:
+            # it takes the rotary key of all heads as it is
+            nope, value = (nope * scale, value * scale) if self.scales else (nope, value)
+            rotary = {"query_rope": query[..., self.nope_dim :], "key_rope": value}
+            return super()._attend(
+                query[..., : self.nope_dim], nope, values, mask, **rotary, **kwargs
+            )
         keys = torch.cat((nope, value.expand(-1, nope.shape[1], -1, -1)), -1)
         if self.scales:
             keys = keys * scale.transpose(1, 3).repeat_interleave(keys.shape[1] // self.scales, 1)
@@ -165,7 +173,7 @@ class LatentAttention(KVAttention):
         return (
             not self.training
             and (queries == 1 or mask is not None)
-            and self.config._attn_implementation in {"eager", "sdpa"}
+            and self.config._attn_implementation in {"eager", "sdpa", FUSED}
             and beyond_weight(self.kv_b_proj) is None
             and prefers_absorbed(
                 queries,
@@ -178,21 +186,35 @@ class LatentAttention(KVAttention):
         )
 
     def _absorbed(
-        self, query: Tensor, latent: Tensor, key_rope: Tensor, scale: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        split = self.nope_dim
-        up = self.kv_b_proj.weight.view(-1, split + self.value_dim, self.rank)
-        output, weights = absorbed_attention(
-            torch.einsum("bhtd,hdr->bhtr", query[..., :split], up[:, :split]),
-            query[..., split:],
-            latent,
-            key_rope,
-            mask,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            key_scale=scale.squeeze(1).transpose(1, 2) if self.scales else None,
-        )
-        return torch.einsum("bhtr,hdr->bthd", output, up[:, split:]), weights
+        self,
+        query: Tensor,
+        latent: Tensor,
+        key_rope: Tensor,
+        scale: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        query, query_rope = query[..., : self.nope_dim], query[..., self.nope_dim :]
+        up = self.kv_b_proj.weight.view(-1, self.nope_dim + self.value_dim, self.rank)
+        query = torch.einsum("bhtd,hdr->bhtr", query, up[:, : self.nope_dim])
+        key_scale = scale.squeeze(1).transpose(1, 2) if self.scales else None
+        weights: Tensor | None
+        if self.config._attn_implementation == FUSED:
+            apart = {"query_rope": query_rope, "key_rope": key_rope, "key_scale": key_scale}
+            output, weights = super()._attend(query, latent, latent, mask, **apart, **kwargs)
+        else:
+            output, weights = absorbed_attention(
+                query,
+                query_rope,
+                latent,
+                key_rope,
+                mask,
+                scaling=self.scaling,
+                softcap=self.softcap,
+                key_scale=key_scale,
+            )
+            output = output.transpose(1, 2)
+        return torch.einsum("bthr,hdr->bthd", output, up[:, self.nope_dim :]), weights
 
 
 def check_table(config: Any, table: nn.Module | None) -> None:

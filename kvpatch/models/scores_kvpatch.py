@@ -1,4 +1,8 @@
-"""Attention scores written out, and the masks and biases that are added to them."""
+"""Attention scores written out, and the masks and biases that are added to them.
+
+A mask is a tensor [B, 1, T, K], bool or additive, or *spans*: int32 [B, 1, T, 2], the first key
+that each query sees and the one after the last.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["combined_mask", "eager_attention", "visible"]
+__all__ = [
+    "FUSED",
+    "alibi_slopes",
+    "combined_mask",
+    "eager_attention",
+    "narrowed",
+    "packed_span",
+    "span_of",
+    "visible",
+]
+
+# name of the attention function of kvpatch, where that is installed
+FUSED = "kvpatch_triton"
+
+
+def packed_span(span: Tensor) -> Tensor:
+    """Spans as a bool tensor [B, 1, T, 2, 4] of the same bytes.
+
+    A model that makes a bool of every mask leaves such a one alone.
+    """
+    return span.unsqueeze(-1).view(torch.bool)
+
+
+def span_of(mask: Tensor | None) -> Tensor | None:
+    """The spans [B, 1, T, 2] in a mask, or None if it is another or there is none."""
+    if mask is None:
+        return None
+    if mask.ndim == 5:
+        return mask.view(torch.int32).squeeze(-1)
+    return mask if mask.dtype == torch.int32 else None
+
+
+def narrowed(span: Tensor, window: int) -> Tensor:
+    """Spans of which a window is left, the last keys."""
+    start, end = span.unbind(-1)
+    return torch.stack((torch.maximum(start, end - window), end), -1)
+
+
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """Slopes [H] of ALiBi (arXiv:2108.12409, section 3), in float32.
+
+    Powers of ``2 ** (-8 / n)``, where n is the greatest power of two that is not above H; heads
+    beyond n have every other one of those of 2n.
+    """
+    whole = 1 << (heads.bit_length() - 1)
+    first = (1 + torch.arange(whole, device=device)) * (8 / whole)
+    others = (1 + 2 * torch.arange(heads - whole, device=device)) * (4 / whole)
+    return torch.exp2(-torch.cat((first, others)))
 
 
 def visible(

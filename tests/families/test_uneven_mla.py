@@ -276,6 +276,7 @@ def test_an_uneven_split_is_predicted_to_lose_no_more(
             tokens=_windows() if calibrated else None,
             device="cpu",
             pairs=sorted({pairs for sizes in found.values() for pairs, _ in sizes}),
+            rank=_facts(model).geometry.hidden,
             selection="greedy",
             progress=lambda _: None,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvpatch.attention import latent
+from kvpatch.attention import unfused
 from kvpatch.models import absorbed_kvpatch
 from tests.families.stock import Float64, make
 
@@ -95,7 +95,7 @@ def count_absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int
         calls.append((query_latent.shape[2], cached.shape[2]))
         return genuine(query_latent, query_rope, cached, *rest, **how)
 
-    monkeypatch.setattr(latent, "absorbed_attention", counting)
+    monkeypatch.setattr(unfused, "absorbed_attention", counting)
     return calls
 
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+import kvpatch
 from kvpatch.models import family_of
 from tests.families import tiny
 from tests.families.stock import random_ids
 from tests.kvpatch.stacks import converted, pairs, stock_model
 
-# keyword arguments reach the attention of the first, and not of the others
-_NAMES = ("llama", "stablelm", "gptj")
+# keyword arguments reach the attention of the first two, and not of the others; one is patched
+_MODELS = (("llama", False), ("llama", True), ("stablelm", False), ("gptj", False))
 
 
 def _compare(rank: int, store: str) -> None:
@@ -26,12 +27,14 @@ def _compare(rank: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
-    for name in _NAMES:
+    for name, patched in _MODELS:
         model = converted(name, stock_model(name), 2, pairs(name)).float()
         ids = random_ids(model)
         model(ids, labels=ids, use_cache=False).loss.backward()
         want = {key: weight.grad.clone() for key, weight in model.named_parameters()}
         model.zero_grad()
+        if patched:
+            kvpatch.patch(model)
         prefix = family_of(tiny.family(name)).attention_prefix
         for layer in range(4):
             path = prefix.format(layer=layer).rpartition(f".{layer}.")[0] + f".{layer}"

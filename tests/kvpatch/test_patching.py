@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvpatch
-from kvpatch.attention.latent import STOCK, AbsorbedDecoding, absorbed_class
+from kvpatch.attention.stock import Swapped
+from kvpatch.attention.survey import Route
+from kvpatch.attention.swapping import swapped_class
 from kvpatch.errors import UsageError
 from tests.families.stock import full_logits, make, random_ids
+from tests.families.tiny import settings
 from tests.helpers import assert_close
+from tests.kvpatch.reference_ops import use_reference_ops
 from tests.kvpatch.stock_latents import (
     LAYERS,
     PLAIN,
@@ -41,6 +45,10 @@ def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return count_absorbed_calls(monkeypatch)
 
 
+def decoding(report: kvpatch.Report) -> list[str]:
+    return [route.decode for route in report.modules.values()]
+
+
 @pytest.mark.parametrize("name", ["youtu", "minicpm3:compressed"])
 @pytest.mark.parametrize("target", ["o_proj", "kv_b_proj", "kv_a_proj_with_mqa"])
 def test_adapters_count_where_they_are(
@@ -55,14 +63,11 @@ def test_adapters_count_where_they_are(
     report = kvpatch.patch(adapted)
     assert_close(stepwise(adapted, ids, DynamicCache(), [4, 1, 2]), full, atol=1e-10)
     if target != "kv_b_proj":
-        assert len(report.absorbed) == LAYERS
+        assert decoding(report) == ["torch, on latents"] * LAYERS
         assert absorbed_calls
         return
     assert not absorbed_calls
-    assert len(report.expanded) == LAYERS
-    assert "kv_b_proj is not a plain linear layer" in str(report)
-    with pytest.raises(UsageError, match="not every attention module"):
-        kvpatch.patch(adapted, strict=True)
+    assert decoding(report) == ["torch, expanded"] * LAYERS
     merged = adapted.merge_and_unload()
     assert_close(stepwise(merged, ids, DynamicCache(), [4, 1, 2]), full, atol=1e-10)
     assert absorbed_calls
@@ -97,29 +102,34 @@ def test_what_the_weight_does_not_say_is_left_to_the_stock_class(
         change(attention.kv_b_proj)
     logits = stepwise(model, ids, DynamicCache(), [4, 1, 1])
     assert not absorbed_calls
-    assert len(kvpatch.patch(model).expanded) == LAYERS
+    assert decoding(kvpatch.patch(model)) == ["torch, expanded"] * LAYERS
     kvpatch.unpatch(model)
     assert_close(logits, full_logits(model, ids), atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3"])
-def test_other_attention_functions_are_left_to_the_stock_class(model: Any) -> None:
-    model.set_attn_implementation("flex_attention")
-    report = kvpatch.patch(model)
-    assert not report.absorbed
-    assert "flex_attention" in str(report)
-    model.set_attn_implementation("sdpa")
-    assert len(kvpatch.patch(model).absorbed) == LAYERS
+def test_an_attention_function_that_is_set_later_is_left_to_the_stock_class(
+    model: Any, absorbed_calls: list[tuple[int, int]]
+) -> None:
+    ids = random_ids(model, 6)
+    full = full_logits(model, ids)
+    kvpatch.patch(model)
+    model.set_attn_implementation("eager")
+    assert_close(stepwise(model, ids, DynamicCache(), [4, 1, 1]), full, atol=1e-10)
+    assert not absorbed_calls
+    kvpatch.unpatch(model)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("argument", ["position_bias", "softcap", "s_aux", "cache"])
+@pytest.mark.parametrize("argument", ["position_bias", "softcap", "s_aux"])
 def test_arguments_that_change_the_scores_are_left_to_the_stock_class(
     model: Any, argument: str, absorbed_calls: list[tuple[int, int]]
 ) -> None:
     ids = random_ids(model, 6)
     kvpatch.patch(model)
-    stepwise(model, ids, DynamicCache(), [4, 1, 1], **{argument: torch.zeros(())})
+    number = 1.0 if argument == "softcap" else torch.zeros(())
+    stepwise(model, ids, DynamicCache(), [4, 1, 1], **{argument: number})
     assert not absorbed_calls
     stepwise(model, ids, DynamicCache(), [4, 1, 1], **{argument: None})
     assert absorbed_calls
@@ -129,6 +139,7 @@ def test_arguments_that_change_the_scores_are_left_to_the_stock_class(
 @torch.no_grad()
 def test_arguments_may_come_by_position(model: Any, name: str) -> None:
     """In the order that the stock class has, which differs among the classes."""
+    model.set_attn_implementation("sdpa")
     attention = attentions(model)[0]
     hidden = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(0)).double()
     angles = model.model.rotary_emb(hidden, torch.tensor([[5]]))
@@ -155,30 +166,46 @@ def test_unpatching_gives_the_stock_class_back(model: Any, name: str) -> None:
     names = tuple(f"model.layers.{layer}.self_attn" for layer in range(LAYERS))
     first, second = kvpatch.patch(model), kvpatch.patch(model)
     assert first == second
-    assert tuple(first.absorbed) == names
-    assert all(isinstance(a, AbsorbedDecoding) for a in attentions(model))
+    assert tuple(first.modules) == names
+    assert model.config._attn_implementation == "kvpatch_triton"
+    assert all(isinstance(a, Swapped) for a in attentions(model))
     assert all(isinstance(a, b) for a, b in zip(attentions(model), before, strict=True))
     assert [type(attention) for attention in attentions(other)] == before
     assert kvpatch.unpatch(model) == names
     assert [type(attention) for attention in attentions(model)] == before
+    assert model.config._attn_implementation == "eager"
     assert kvpatch.unpatch(model) == ()
 
 
 @pytest.mark.parametrize("name", ["youtu"])
-def test_a_with_block_undoes_what_it_did_and_no_more(model: Any) -> None:
-    first, second = attentions(model)
+def test_a_with_block_undoes_what_it_did_and_no_more(name: str) -> None:
+    first, second = stock_model(name), stock_model(name)
     kvpatch.patch(first)
+    both = nn.ModuleList((first, second))
 
     def fail_inside() -> None:
-        with kvpatch.patched(model) as report:
-            assert len(report.absorbed) == LAYERS
-            assert isinstance(second, AbsorbedDecoding)
+        with kvpatch.patched(both) as report:
+            assert len(report.modules) == 2 * LAYERS
+            assert isinstance(attentions(second)[0], Swapped)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
-    assert isinstance(first, AbsorbedDecoding)
-    assert not isinstance(second, AbsorbedDecoding)
+    assert isinstance(attentions(first)[0], Swapped)
+    assert first.config._attn_implementation == "kvpatch_triton"
+    assert not isinstance(attentions(second)[0], Swapped)
+    assert second.config._attn_implementation == "eager"
+
+
+def test_models_that_share_a_config_are_patched_alone() -> None:
+    config = LlamaConfig(**SIZES)
+    first, second = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    assert first.config is second.config
+    kvpatch.patch(first)
+    assert second.config._attn_implementation == "sdpa"
+    holders = [module.config for module in first.modules() if hasattr(module, "config")]
+    assert all(held is first.config for held in holders)
+    assert second.model.layers[0].self_attn.config is second.config
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -194,16 +221,17 @@ def test_copies_and_saved_files_are_what_they_were(
         assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
 
     kept = pickle.dumps(model)
-    absorbed_class.cache_clear()  # as in a process that has not patched anything yet
+    swapped_class.cache_clear()  # as in a process that has not patched anything yet
     for twin in (copy.deepcopy(model), pickle.loads(kept)):
         absorbed_calls.clear()
         assert_close(stepwise(twin, ids, DynamicCache(), [4, 1, 1]), full, atol=1e-10)
         assert absorbed_calls
         assert len(kvpatch.unpatch(twin)) == LAYERS
+        assert twin.config._attn_implementation == "eager"
 
 
 class DecoyAttention(nn.Module):
-    """Looks like MLA, by name and by weights."""
+    """Looks like attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,35 +240,65 @@ class DecoyAttention(nn.Module):
 
 @pytest.mark.parametrize("name", ["youtu"])
 def test_what_is_not_patched_is_named(model: Any) -> None:
-    with pytest.raises(UsageError, match=r"DecoyAttention has no absorbed form") as error:
+    with pytest.raises(UsageError, match="decoy: it is in no model of transformers"):
         kvpatch.patch(nn.ModuleDict({"decoy": DecoyAttention()}))
-    assert all(row.name in str(error.value.hint) for row in STOCK)
-    with pytest.raises(UsageError, match="LlamaAttention has no latents"):
-        kvpatch.patch(make("llama", {k: v for k, v in SIZES.items() if "dim" not in k}))
     with pytest.raises(UsageError, match="no attention module of this Linear"):
         kvpatch.patch(nn.Linear(2, 2))
+    falcon = make("falcon", settings("falcon"))
+    with pytest.raises(UsageError, match="ALiBi biases are rounded"):
+        kvpatch.patch(falcon)
+    assert falcon.config._attn_implementation == "sdpa"
 
     mixed = nn.ModuleDict({"model": model, "decoy": DecoyAttention()})
-    with pytest.raises(UsageError, match="decoy: not patched"):
+    with pytest.raises(UsageError, match="decoy: prefill stock, decode stock"):
         kvpatch.patch(mixed, strict=True)
-    assert not any(isinstance(module, AbsorbedDecoding) for module in mixed.modules())
+    assert not any(isinstance(module, Swapped) for module in mixed.modules())
+    assert model.config._attn_implementation == "eager"
     report = kvpatch.patch(mixed)
-    assert list(report.left) == ["decoy"]
-    assert str(report).startswith("2 of 3 attention modules")
+    assert report.modules["decoy"].decode == "stock"
+    assert "model.model.layers.0.self_attn and 1 more" in str(report)
+    assert str(report).startswith("kernels compute all attention of 0 of 3 modules")
 
 
 @pytest.mark.parametrize("name", ["youtu"])
-def test_a_forward_that_others_replaced_is_not_lost(model: Any) -> None:
+def test_masks_are_for_all_modules_of_a_config(model: Any) -> None:
+    """One that cannot read spans keeps the others from being patched."""
+    attention = attentions(model)[1]
+    attention.indexer = nn.Identity()
+    with pytest.raises(UsageError) as error:
+        kvpatch.patch(model)
+    assert "layers.1.self_attn: it selects keys by an indexer" in str(error.value)
+    assert "layers.0.self_attn: it has the masks of" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["youtu"])
+def test_strict_means_kernels_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="its device is cpu"):
+        kvpatch.patch(model, strict=True)
+    use_reference_ops(monkeypatch)
+    report = kvpatch.patch(model, strict=True)
+    assert set(report.modules.values()) == {Route("flash", "latent_decode")}
+    assert len(report.fused) == LAYERS
+
+
+@pytest.mark.parametrize("name", ["youtu"])
+def test_a_forward_that_others_replaced_is_not_lost(
+    model: Any, absorbed_calls: list[tuple[int, int]]
+) -> None:
+    ids = random_ids(model, 6)
+    full = full_logits(model, ids)
     first, second = attentions(model)
-    genuine = first.forward
-    first.forward = genuine
+    first.forward = first.forward
     report = kvpatch.patch(model)
-    assert list(report.left) == ["model.layers.0.self_attn"]
+    assert decoding(report) == ["torch", "torch, on latents"]
+    assert not isinstance(first, Swapped)
+    assert_close(stepwise(model, ids, DynamicCache(), [4, 1, 1]), full, atol=1e-10)
+    assert len(absorbed_calls) == 2  # of the second layer
     second.forward = second.forward
     with pytest.raises(UsageError, match=r"model\.layers\.1\.self_attn was replaced"):
         kvpatch.unpatch(model)
     del second.forward
-    assert kvpatch.unpatch(model) == ("model.layers.1.self_attn",)
+    assert len(kvpatch.unpatch(model)) == LAYERS
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -23,6 +23,7 @@ def _prospect(seed: int, pairs: Sequence[int], weight: float) -> Prospect:
     return Prospect(
         turning=dict(zip(pairs, lost.tolist(), strict=True)),
         spectra=dict(zip(pairs, spectra, strict=True)),
+        beyond=dict(zip(pairs, (0.2 * lost).tolist(), strict=True)),
         weight=weight,
     )
 
@@ -31,7 +32,7 @@ def _lost(prospects: Sequence[Prospect], sizes: Sizes) -> float:
     """By definition: what turns in vain, and what a latent leaves out."""
     total = 0.0
     for prospect, (pairs, rank) in zip(prospects, sizes, strict=True):
-        left = sum(prospect.spectra[pairs].tolist()[rank:])
+        left = sum(prospect.spectra[pairs].tolist()[rank:]) + prospect.beyond[pairs]
         total += prospect.weight * (prospect.turning[pairs] + left)
     return total
 
@@ -82,7 +83,9 @@ def test_what_counts_more_gets_more() -> None:
 
 
 def test_a_prospect_says_what_it_was_told() -> None:
-    prospect = Prospect({0: 5.0, 2: 1.0}, {0: torch.tensor([4.0, 2.0]), 2: torch.ones(2)}, 0.5)
+    prospect = Prospect(
+        {0: 5.0, 2: 1.0}, {0: torch.tensor([4.0, 2.0]), 2: torch.ones(2)}, {0: 0.0, 2: 0.5}, 0.5
+    )
     assert [prospect.lost(0, rank) for rank in range(3)] == [5.5, 3.5, 2.5]
-    assert prospect.lost(2, 1) == 1.0
+    assert prospect.lost(2, 1) == 1.25
     assert [prospect.nearest(pairs) for pairs in (0, 1, 2, 9)] == [0, 1, 2, 2]

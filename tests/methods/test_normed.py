@@ -145,7 +145,7 @@ def test_mean_factors_of_one_token_are_its_own(shape: Shape, norm: QkNorm) -> No
 
 
 @shapes
-def test_what_the_latent_loses_is_what_its_spectrum_says(shape: Shape) -> None:
+def test_what_the_latent_loses_is_what_it_says(shape: Shape) -> None:
     norm = NORMS["shared"]
     case, rank = _case(shape, norm), 3
     sizes = case.layer.geometry
@@ -164,6 +164,6 @@ def test_what_the_latent_loses_is_what_its_spectrum_says(shape: Shape) -> None:
     values = heads_of(case.layer, "v", inputs) - torch.einsum("hdr,tr->thd", found.v_up, latents)
     lost = torch.einsum("htd,hdf,htf->", missing, metric, missing) / len(inputs)
     lost += (values.flatten(1) @ gram * values.flatten(1)).sum() / len(inputs)
-    assert_close(lost, found.spectrum[rank:].sum(), atol=1e-9 * float(found.spectrum.sum()))
+    assert abs(float(lost) - found.lost) < 1e-9 * found.energy
     # what is left of the values on average is given back by the output
     assert_close(values.mean(0), found.v_constant, atol=1e-10)
