@@ -46,6 +46,16 @@ _LATENT = (
     "to the output projection's bias. The norm that the class has on the latent, if any, is made "
     "to do nothing."
 )
+_PER_LAYER = (
+    "The budget was divided among the layers so that what they are predicted to lose, of the power "
+    "of the residual stream, is least in sum."
+)
+_SHARED_LATENT = (
+    "Adjacent layers share one latent and one rotary key (as Brandon et al., arXiv:2405.12981, do "
+    "with keys and values), which read the input of the first of them; what the others read of "
+    "their own is predicted from it by least squares, or taken to be the same where nothing was "
+    "calibrated. Each has queries and up-projections of its own."
+)
 _SCALES = (
     "Queries and keys keep their norm exactly: the latent is that of keys without it, and the "
     "factor that the norm comes to is cached for each token."
@@ -101,13 +111,13 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 def render_card(manifest: Mapping[str, Any]) -> bytes:
     """README.md for the Hub: metadata, sizes, method, measured quality, how to load, recipe."""
     source, recipe, cache = manifest["source"], manifest["recipe"], manifest["kv_cache"]
-    exported, shared = recipe["method"] == "export", recipe["method"] == "cla"
+    exported, shared = recipe["method"] == "export", "share" in recipe
     latent = exported or recipe["method"] == "mla"
     lineage = manifest.get("lineage", [])
     origin = lineage[0]["source"] if lineage else source
     architecture = manifest["architecture"]
     ours = architecture.startswith("Kvpatch")
-    kinds = ["mla"] if latent else _merged_kinds(cache, shared=shared)
+    kinds = _latent_kinds(shared=shared) if latent else _merged_kinds(cache, shared=shared)
     metadata: dict[str, Any] = {
         **source["metadata"],
         "library_name": "transformers",
@@ -122,7 +132,9 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    kind, change = _latent_kind(cache["latent"]) if latent else _kind(recipe, *cache["kv_heads"])
+    kind, change = (
+        _latent_kind(cache["latent"], recipe) if latent else _kind(recipe, *cache["kv_heads"])
+    )
     if exported:
         change = (
             f"from {source['architecture']} to {architecture}, which computes the same ({kind})"
@@ -169,6 +181,10 @@ def _datasets(
     return {"datasets": known} if known else {}
 
 
+def _latent_kinds(*, shared: bool) -> list[str]:
+    return ["mla", "cla"] if shared else ["mla"]
+
+
 def _merged_kinds(cache: Mapping[str, Any], *, shared: bool) -> list[str]:
     before, after = cache["kv_heads"]
     kinds = ["cla"] if shared else []
@@ -185,7 +201,7 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
         return {"what": what, "before": before, "after": after, "no_place": no_place}
     sizes = cache["latent"]
     scales = f", scales of keys {sizes['key_scales']}" if "key_scales" in sizes else ""
-    latent = f"latent of {sizes['rank']}, rotary key of {sizes['rope_dims']}{scales}"
+    latent = f"latent of {_span(sizes['rank'])}, rotary key of {_span(sizes['rope_dims'])}{scales}"
     return {
         "what": "cached in a layer",
         "before": latent if before is None else f"{before} KV heads",
@@ -194,12 +210,22 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _latent_kind(sizes: Mapping[str, int]) -> tuple[str, str]:
-    kind = f"MLA {sizes['rank']}+{sizes['rope_dims']}"
+def _latent_kind(
+    sizes: Mapping[str, int | Sequence[int]], recipe: Mapping[str, Any]
+) -> tuple[str, str]:
+    rank, rope = _span(sizes["rank"]), _span(sizes["rope_dims"])
+    shared = "share" in recipe
+    kind = f"MLA {rank}+{rope}" + (f", shared by {recipe['share']} layers" if shared else "")
+    whose = "that adjacent layers share" if shared else "per token and layer"
     return kind, (
-        f"to multi-head latent attention, with a latent of {sizes['rank']} and a rotary key of "
-        f"{sizes['rope_dims']} dims per token and layer ({kind})"
+        f"to multi-head latent attention, with a latent of {rank} and a rotary key of {rope} dims "
+        f"{whose} ({kind})"
     )
+
+
+def _span(sizes: int | Sequence[int]) -> str:
+    """A size, or the smallest and the largest of those of the layers."""
+    return str(sizes) if isinstance(sizes, int) else f"{min(sizes)} to {max(sizes)}"
 
 
 def _energy(manifest: Mapping[str, Any]) -> str:
@@ -220,7 +246,20 @@ def _latent_energy(layers: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f"Energy that was lost, as outputs read it, mean over the layers: {rope} of the keys' "
-        f"rotation, {latent} of what the latent should hold, before any refit."
+        f"rotation, {latent} of what the latent should hold{_shared_energy(layers)}, before any "
+        "refit."
+    )
+
+
+def _shared_energy(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What layers lose that read another's latent, and so another's input; nothing if none do."""
+    readers = [layer for layer in layers if layer["source"] != layer["layer"]]
+    if not readers:
+        return ""
+    lost = _mean_percent(layer["lost_energy_shared"] for layer in readers)
+    return (
+        f", and of keys and values in layers that read another's latent {lost}, which that one's "
+        "input cannot give"
     )
 
 
@@ -254,7 +293,7 @@ def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]
 def _method(recipe: Mapping[str, Any], *, scaled: bool) -> list[str]:
     """What was done, in sentences."""
     shared, merge = recipe["method"] == "cla", recipe.get("merge")
-    sentences = [_LATENT] if merge is None else [_MERGES[shared, merge]]
+    sentences = _latent_method(recipe) if merge is None else [_MERGES[shared, merge]]
     if scaled:
         sentences.append(_SCALES)
     if merge == "svd" and "group" in recipe:
@@ -264,6 +303,14 @@ def _method(recipe: Mapping[str, Any], *, scaled: bool) -> list[str]:
     if recipe["refit"] != "none":
         sentences.append(f"{_REFITS[recipe['refit']]}, by least squares on the calibration text.")
     return sentences
+
+
+def _latent_method(recipe: Mapping[str, Any]) -> list[str]:
+    more = {
+        _PER_LAYER: recipe["per_layer"],
+        _SHARED_LATENT: "share" in recipe,
+    }
+    return [_LATENT, *(sentence for sentence, holds in more.items() if holds)]
 
 
 def _history(lineage: Sequence[Mapping[str, Any]]) -> list[str]:

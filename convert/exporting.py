@@ -19,6 +19,7 @@ from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts
+from convert.latent_sizes import Sizes
 from convert.latent_source import LatentSource, latent_source
 from convert.layer import LatentLayer
 from convert.methods import Converted, Method
@@ -86,6 +87,7 @@ def export_of(recipe: ExportRecipe, checkpoint: Checkpoint) -> Export:
         kv_heads=None,
         sources=tuple(range(facts.layers)),
         before=source.cache,
+        sizes=(Sizes(source.geometry.rank, source.geometry.rope_dim),) * facts.layers,
         cache=latent_cache(
             layers=facts.layers,
             rank=cached_rank,
@@ -120,7 +122,9 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_native(source: LatentSource, recipe: ExportRecipe) -> None:
-    problem = deepseek_problem(source.facts, source.planes) or source.problem
+    # planes of the first layer tell nothing of the others where layers differ
+    whole = deepseek_problem(source.facts, [0]) or source.problem
+    problem = whole or deepseek_problem(source.facts, source.planes)
     if problem is not None:
         raise UsageError(
             f"--target native: no latent attention of transformers holds this "

@@ -16,7 +16,8 @@ from convert.facts import (
     with_stored_dtype,
 )
 from convert.hub import fetch_config
-from convert.latents import Sizes, latent_architecture, most_dims
+from convert.latent_sizes import Sizes, most_dims
+from convert.latents import latent_architecture
 from convert.sharing import uniform_plan
 from convert.targets import targets_for
 from kvpatch.errors import InputModelError, UsageError

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convert.facts import ModelFacts
+from convert.latent_sizes import Sizes, constant_dims
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
-from convert.methods import Method
-from convert.methods.cut import Selection
-from convert.recipe import MlaRecipe, parse_budget
+from convert.methods import Method, Outline
+from convert.methods.joint import reader
+from convert.recipe import MlaRecipe
+from convert.steps import units_of
 from convert.targets import Target
 from convert.targets.deepseek import deepseek_class, deepseek_problem
 from convert.targets.dense_blocks import BLOCKS, stock_config
@@ -25,28 +27,15 @@ from kvpatch.models import FAMILIES
 
 __all__ = [
     "Planes",
-    "Sizes",
     "latent_architecture",
     "latent_method",
     "latent_target",
-    "most_dims",
     "placeholder_planes",
     "refuse_latents",
-    "sizes_of",
 ]
 
 Planes = Sequence[Sequence[int]]
-# shares of a budget that its rotary dims may take
-_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
 _DEFAULT_ARCH = "deepseek_v3"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """Dims of the latent and of the rotary key, in every layer."""
-
-    rank: int
-    rope_dims: int
 
 
 def refuse_latents(facts: ModelFacts) -> None:
@@ -88,137 +77,83 @@ def latent_architecture(facts: ModelFacts) -> str | None:
     planes = [0] if any(rope.dim for rope in facts.ropes) else []
     if deepseek_problem(facts, planes) is None:
         return "DeepseekV3ForCausalLM"
-    ours = _our_class(facts, Sizes(1, 2 * len(planes)), [planes] * facts.layers)
+    sizes = [Sizes(1, 2 * len(planes))] * facts.layers
+    ours = _our_class(facts, sizes, [planes] * facts.layers, range(facts.layers))
     return None if ours is None else ours.architecture
 
 
-def most_dims(facts: ModelFacts, selection: Selection = "greedy") -> Sizes:
-    """Sizes at which nothing is lost, or that cannot be exceeded.
-
-    Args:
-        facts: The source.
-        selection: What stays rotary; all but ``greedy`` take a plane once.
-    """
-    geometry = facts.geometry
-    planes = max(rope.dim for rope in facts.ropes) // 2
-    each = geometry.kv_heads if selection == "greedy" else 1
-    # constants of keys with a norm are in the latent, too
-    return Sizes(geometry.hidden + (facts.qk_norm is not None), 2 * planes * each)
-
-
-def sizes_of(recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
-    """The sizes that a recipe allows: one if it gives them, else the splits of its budget.
-
-    Raises:
-        UsageError: If the model cannot have them.
-    """
-    most = most_dims(facts, recipe.rope_select)
-    if recipe.kv_budget is None:
-        assert recipe.rank is not None
-        assert recipe.rope_dims is not None
-        possible = [Sizes(recipe.rank, recipe.rope_dims)]
-    else:
-        budget = parse_budget(recipe.kv_budget)
-        possible = [Sizes(*budget)] if isinstance(budget, tuple) else _splits(budget, recipe, facts)
-    if len(possible) == 1:
-        _check(possible[0], most, recipe, facts)
-    return possible
-
-
-def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts) -> list[Sizes]:
-    """Sizes that together with what the class adds to them stay within a share of the cache."""
-    geometry, most = facts.geometry, most_dims(facts, recipe.rope_select)
-    values = int(share * geometry.kv_heads * (geometry.head_dim + geometry.value_dim))
-    native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
-    free = values - _constant_dims(recipe, native=native) - facts.key_scales
-    found = []
-    for part in _SHARES if most.rope_dims else (0.0,):
-        rope = min(most.rope_dims, 2 * round(part * values / 2))
-        rank = min(most.rank, free - rope)
-        if rank > 0 and (rope or not most.rope_dims):
-            found.append(Sizes(rank, rope))
-    if not found:
-        raise UsageError(
-            f"--kv-budget {100 * share:g}% leaves {values} values per token and layer, too few",
-            hint="Give a larger budget.",
-        )
-    return sorted(set(found), key=lambda sizes: sizes.rope_dims)
-
-
-def _constant_dims(recipe: MlaRecipe, *, native: bool) -> int:
-    """Dims that are cached besides: the norm of the constant form needs one of its own."""
-    return int(native and not recipe.serving)
-
-
-def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> None:
-    rank, rope = (
-        (f"--rank {sizes.rank}", f"--rope-dims {sizes.rope_dims}")
-        if recipe.kv_budget is None
-        else (f"--kv-budget: a rank of {sizes.rank}", f"--kv-budget: {sizes.rope_dims} rotary dims")
-    )
-    if sizes.rank > most.rank:
-        constant = " and one constant" if facts.qk_norm is not None else ""
-        raise UsageError(
-            f"{rank} is more than this model's hidden width of {facts.geometry.hidden}{constant}",
-            hint="A latent of that width would hold the whole input.",
-        )
-    if sizes.rope_dims <= most.rope_dims:
-        return
-    name, whole = facts.family.model_type, most_dims(facts).rope_dims
-    if not whole:
-        raise UsageError(
-            f"{rope}: this {name} model has no rotary positions",
-            hint="Give --rope-dims 0: all of its keys go into the latent.",
-        )
-    one = recipe.rope_select != "greedy"
-    raise UsageError(
-        f"{rope} is more than the {most.rope_dims} dims that rotate in "
-        f"{'one key' if one else 'all keys of a layer'} of this {name} model"
-        + (f", of which --rope-select {recipe.rope_select} takes each once" if one else ""),
-        hint=f"Give {most.rope_dims} or less"
-        + (f", or up to {whole} with --rope-select greedy." if one else "."),
-    )
-
-
-def placeholder_planes(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes) -> list[list[int]]:
+def placeholder_planes(
+    recipe: MlaRecipe, facts: ModelFacts, sizes: Sequence[Sizes]
+) -> list[list[int]]:
     """Planes for a plan from headers alone: those of ``stride``, else any."""
-    pairs = sizes.rope_dims // 2
     planes = max(rope.dim for rope in facts.ropes) // 2
-    step = max(1, planes // pairs) if recipe.rope_select == "stride" and pairs else 1
-    return [[step * pair % planes for pair in range(pairs)]] * facts.layers
+    counts = [own.rope_dims // 2 for own in sizes]
+    stride = recipe.rope_select == "stride"
+    steps = [max(1, planes // pairs) if stride and pairs else 1 for pairs in counts]
+    return [
+        [step * pair % planes for pair in range(pairs)]
+        for step, pairs in zip(steps, counts, strict=True)
+    ]
 
 
 def latent_method(
-    sizes: Sizes, facts: ModelFacts, planes: Sequence[int], *, constants: bool
+    sizes: Sequence[Sizes],
+    facts: ModelFacts,
+    planes: Planes,
+    sources: Sequence[int],
+    *,
+    constants: bool,
 ) -> Method:
-    """The conversion of a layer as plan and engine see it; a ``Converting`` carries it out."""
+    """The conversion of layers as plan and engine see it; a ``Converting`` carries it out.
+
+    Args:
+        sizes: Of each layer.
+        facts: The source.
+        planes: For each layer the RoPE plane of each pair of the rotary key.
+        sources: For each layer the one whose latent it reads.
+        constants: Whether the result can hold biases.
+    """
     normed = facts.qk_norm is not None
+    alike: dict[tuple[Sizes, tuple[int, ...]], Outline] = {}
+    outlines: dict[int, Outline] = {}
+    for first in dict.fromkeys(sources):
+        key = sizes[first], tuple(planes[first])
+        outlines[first] = alike.setdefault(
+            key,
+            partial(
+                _outline,
+                sizes=key[0],
+                planes=key[1],
+                scale=facts.scales[0],
+                constants=constants,
+                normed=normed,
+            ),
+        )
+    together = max(len(unit) for unit in units_of(sources))
     return Method(
         reads=frozenset({"q", "k", "v", "o"} | ({"q_norm", "k_norm"} if normed else set())),
-        outline=partial(
-            _outline,
-            sizes=sizes,
-            planes=tuple(planes),
-            scale=facts.scales[0],
-            constants=constants,
-            normed=normed,
-        ),
+        outline=outlines[0],
+        outlines=outlines,
         convert=None,
         # rows and components in float64 and complex128, and squares of the hidden width
-        working_bytes=lambda largest: 96 * largest,
+        working_bytes=lambda largest: 96 * together * largest,
     )
 
 
-def _outline(
-    layers: Sequence[AttentionLayer],
+def _outline(layers: Sequence[AttentionLayer], **options: Any) -> list[LatentLayer]:
+    each = [_outlined(layer, **options) for layer in layers]
+    return [each[0], *(reader(layer) for layer in each[1:])]
+
+
+def _outlined(
+    layer: AttentionLayer,
     *,
     sizes: Sizes,
     planes: tuple[int, ...],
     scale: float,
     constants: bool,
     normed: bool,
-) -> list[LatentLayer]:
-    (layer,) = layers
+) -> LatentLayer:
     g = layer.geometry
     like = layer.q
     assert like is not None
@@ -228,45 +163,48 @@ def _outline(
 
     rank, rope = sizes.rank, sizes.rope_dims
     width = g.head_dim + (0 if normed else rope)
-    return [
-        LatentLayer(
-            geometry=LatentGeometry(
-                hidden=g.hidden,
-                heads=g.heads,
-                rank=rank,
-                nope_dim=g.head_dim,
-                rope_dim=rope,
-                value_dim=g.value_dim,
-            ),
-            q=zeros(g.heads, width, g.hidden),
-            latent=zeros(rank, g.hidden),
-            k_rope=zeros(rope, g.hidden),
-            k_up=zeros(g.heads, g.head_dim, rank),
-            v_up=zeros(g.heads, g.value_dim, rank),
-            o=zeros(g.hidden, g.heads, g.value_dim),
-            q_bias=None if layer.q_bias is None else zeros(g.heads, width),
-            k_rope_bias=None if layer.k_bias is None else zeros(rope),
-            o_bias=zeros(g.hidden) if constants else None,
-            q_rope=zeros(g.heads, rope, g.head_dim) if normed else None,
-            k=layer.k if normed else None,
-            q_norm=layer.q_norm,
-            q_norm_bias=layer.q_norm_bias,
-            planes=planes,
-            scale=scale,
-        )
-    ]
+    return LatentLayer(
+        geometry=LatentGeometry(
+            hidden=g.hidden,
+            heads=g.heads,
+            rank=rank,
+            nope_dim=g.head_dim,
+            rope_dim=rope,
+            value_dim=g.value_dim,
+        ),
+        q=zeros(g.heads, width, g.hidden),
+        latent=zeros(rank, g.hidden),
+        k_rope=zeros(rope, g.hidden),
+        k_up=zeros(g.heads, g.head_dim, rank),
+        v_up=zeros(g.heads, g.value_dim, rank),
+        o=zeros(g.hidden, g.heads, g.value_dim),
+        q_bias=None if layer.q_bias is None else zeros(g.heads, width),
+        k_rope_bias=None if layer.k_bias is None else zeros(rope),
+        o_bias=zeros(g.hidden) if constants else None,
+        q_rope=zeros(g.heads, rope, g.head_dim) if normed else None,
+        k=layer.k if normed else None,
+        q_norm=layer.q_norm,
+        q_norm_bias=layer.q_norm_bias,
+        planes=planes,
+        scale=scale,
+    )
 
 
 def latent_target(
-    recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes
+    recipe: MlaRecipe,
+    facts: ModelFacts,
+    sizes: Sequence[Sizes],
+    planes: Planes,
+    sources: Sequence[int],
 ) -> tuple[Target, KVCache]:
     """The class that holds the result, and its cache.
 
     Args:
         recipe: What is asked for; without a target, the class of transformers if it can hold it.
         facts: The source.
-        sizes: Of all layers.
+        sizes: Of each layer; equal ones unless the target is kvpatch.
         planes: For each layer the RoPE plane of each pair of the rotary key.
+        sources: For each layer the one whose latent it reads; its own unless the target is kvpatch.
 
     Raises:
         UsageError: If no class does, or not the one asked for.
@@ -284,7 +222,7 @@ def latent_target(
     if recipe.target != "kvpatch" and problem is None:
         native = deepseek_class(
             facts,
-            rank=sizes.rank,
+            rank=sizes[0].rank,
             planes=common,
             nope_dim=facts.geometry.head_dim,
             arch=recipe.arch,
@@ -295,8 +233,9 @@ def latent_target(
         assert native is not None
         if recipe.serving:
             _check_serving(recipe, native, facts)
-        cached = sizes.rank + _constant_dims(recipe, native=True)
-        return native, _cache(recipe, facts, cached, sizes.rope_dims)
+        more = constant_dims(recipe, native=True)
+        cached = [Sizes(own.rank + more, own.rope_dims) for own in sizes]
+        return native, _cache(recipe, facts, cached, sources)
     asked = {
         "--serving": recipe.serving,
         "--target native": recipe.target == "native",
@@ -308,23 +247,25 @@ def latent_target(
             f"{asked_for}: no latent attention of transformers holds this {name} model: {problem}",
             hint=f"Leave {asked_for} out: a class of kvpatch holds it.",
         )
-    ours = _our_class(facts, sizes, planes)
+    ours = _our_class(facts, sizes, planes, sources)
     if ours is None:
         raise UsageError(
             f"no class with latent attention holds a {name} model",
             hint="Merge its KV heads instead: kvpatch gqa.",
         )
-    return ours, _cache(recipe, facts, sizes.rank, sizes.rope_dims)
+    return ours, _cache(recipe, facts, sizes, sources)
 
 
-def _our_class(facts: ModelFacts, sizes: Sizes, planes: Planes) -> Target | None:
+def _our_class(
+    facts: ModelFacts, sizes: Sequence[Sizes], planes: Planes, sources: Sequence[int]
+) -> Target | None:
     return latent_class(
         facts,
-        ranks=[sizes.rank] * facts.layers,
+        ranks=[own.rank for own in sizes],
         planes=planes,
         nope_dim=facts.geometry.head_dim,
         value_dim=facts.geometry.value_dim,
-        kv_source_layers=None,
+        kv_source_layers=sources if len(set(sources)) < facts.layers else None,
     )
 
 
@@ -349,12 +290,15 @@ def _check_serving(recipe: MlaRecipe, target: Target, facts: ModelFacts) -> None
         )
 
 
-def _cache(recipe: MlaRecipe, facts: ModelFacts, rank: int, rope: int) -> KVCache:
+def _cache(
+    recipe: MlaRecipe, facts: ModelFacts, sizes: Sequence[Sizes], sources: Sequence[int]
+) -> KVCache:
     return latent_cache(
         layers=facts.layers,
-        rank=rank,
-        rope_dim=rope,
+        rank=[own.rank for own in sizes],
+        rope_dim=[own.rope_dims for own in sizes],
         scales=facts.key_scales,
+        sources=sources,
         windows=facts.windows if facts.family.windows.cached else None,
         bytes_per_value=facts.bytes_per_value(recipe.dtype),
     )

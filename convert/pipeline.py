@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from convert.calibrate import Calibration
-from convert.calibrate_latent import LatentChoice, LatentConverting, choose_latents, latent_unit
+from convert.calibrate_latent import LatentConverting, latent_unit
 from convert.card import inherited_metadata, render_card
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
@@ -27,27 +27,26 @@ from convert.execute import execute
 from convert.exporting import Export, export_of, export_unit
 from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype, with_stored_names
 from convert.hub import Source, opened_source, user_path
+from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
 from convert.plan import Plan, make_plan
-from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe, parse_size
+from convert.quantities import parse_size
+from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
 from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
-from convert.scheme import Merging, Scheme, latent_scheme, method_of, scheme_of, settled
+from convert.scheme import Scheme, latent_scheme, method_of, scheme_of, settled
 from convert.sharing import parse_layers, uniform_plan
 from convert.steps import Step
 from convert.streams import Converting
 from convert.targets.native import config_json, index_json, with_dtype
-from convert.texts import Windows, windows_from
+from convert.texts import Windows, few_tokens, windows_from
 from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
 from kvpatch.models import source_files
 
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
 
 Progress = Callable[[str, int, int], None]
-# measured, GQA to a quarter of the heads: with 2 refits lose, with 4 they win on prose; on few
-# made-up sentences they lose with 8 and win with 16
-_TOKENS_PER_DIM = 8
 _INDEX = "model.safetensors.index.json"
 _CONFIG, _CARD = "config.json", "README.md"
 
@@ -112,15 +111,17 @@ def prepare(
             assert export is not None
             scheme = export.scheme
         elif isinstance(recipe, MlaRecipe):
+            sources = _sources(recipe, facts, checkpoint, windows)
             sizes, planes, latents = choose_latents(
                 recipe,
                 facts,
                 checkpoint,
+                sources=sources,
                 tokens=None if windows is None else windows.tokens,
                 to_write=to_write,
                 progress=lambda n: progress("looking", n, facts.layers) if progress else None,
             )
-            scheme = latent_scheme(recipe, facts, sizes, planes)
+            scheme = latent_scheme(recipe, facts, sizes, planes, sources)
         else:
             scheme = scheme_of(recipe, facts, _sources(recipe, facts, checkpoint, windows))
         warnings = [*checkpoint.warnings, *scheme.warnings]
@@ -130,7 +131,7 @@ def prepare(
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
-            warnings += _few_tokens(windows, facts.geometry.hidden)
+            warnings += few_tokens(windows, facts.geometry.hidden)
         identity = dict(scheme.result_keys)
         if windows is not None:
             identity["tokens"] = windows.tokens_sha256
@@ -177,26 +178,14 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
     )
 
 
-def _few_tokens(windows: Windows, hidden: int) -> list[str]:
-    """A warning if a calibration has too few tokens for what is fitted to them."""
-    (count, context), wanted = windows.tokens.shape, _TOKENS_PER_DIM * hidden
-    if count * context >= wanted:
-        return []
-    samples = -(-wanted // context)
-    few = (
-        f"{count * context:,} calibration tokens are few for {hidden:,} input dims: with less than "
-        f"{wanted:,} a refit can lose more than it wins; give --samples {samples} or --refit none"
-    )
-    return [few]
-
-
 def _sources(
-    recipe: Merging, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
+    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
 ) -> Sequence[int]:
     """For each layer the one whose keys and values it reads afterwards."""
-    if not isinstance(recipe, ClaRecipe):
+    if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
         return range(facts.layers)
-    if recipe.layers != "auto":
+    assert recipe.layers is not None
+    if not isinstance(recipe, ClaRecipe) or recipe.layers != "auto":
         return uniform_plan(facts, recipe.share, *parse_layers(recipe.layers, facts.layers))
     return choose_plan(
         checkpoint,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
-from math import isfinite
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from convert.quantities import parse_budget, parse_size
 from kvpatch.errors import UsageError
 
 __all__ = [
@@ -20,29 +19,8 @@ __all__ = [
     "MqaRecipe",
     "Recipe",
     "make_recipe",
-    "parse_budget",
-    "parse_size",
     "place",
 ]
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``5GB``, ``500 MB`` or ``2GiB``.
-
-    Raises:
-        ValueError: If the text is not a positive number and a unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a size such as 5GB or 500MB")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if not isfinite(size):
-        raise ValueError(f"{text[:20]}... is too large a size")
-    return int(size)
-
 
 def _checked_size(text: str) -> str:
     parse_size(text)
@@ -217,6 +195,13 @@ class MlaRecipe(_Calibrated):
     rope_select: Literal["greedy", "per-frequency", "stride"] = Field(
         "greedy", description="Which components of the keys stay rotary."
     )
+    per_layer: bool = Field(
+        False, description="Give each layer as much of a budget as predicted losses say."
+    )
+    share: int | None = Field(None, ge=2, description="Layers for each latent; one if not given.")
+    layers: str | None = Field(
+        None, description="With share: layers that take part, FIRST:END; all if not given."
+    )
     target: TargetName | None = TARGET
     arch: Architecture = "deepseek_v3"
     serving: Serving = False
@@ -249,6 +234,39 @@ class MlaRecipe(_Calibrated):
             parse_budget(self.kv_budget)
         if self.serving and self.target == "kvpatch":
             raise ValueError("serving is for native results: leave target kvpatch out")
+        return self
+
+    @property
+    def uneven(self) -> tuple[str, str] | None:
+        """A key with which no class of transformers holds the result, and why."""
+        if self.per_layer:
+            return "per_layer", "they have one rank for all layers"
+        if self.share is not None:
+            return "share", "in them every layer has a latent of its own"
+        return None
+
+    @model_validator(mode="after")
+    def _uneven_latents_are_ours(self) -> Self:
+        native = {
+            "target native": self.target == "native",
+            "serving": self.serving,
+            f"arch {self.arch}": self.arch != "deepseek_v3",
+        }
+        asked = next((key for key, given in native.items() if given), None)
+        if self.uneven is not None and asked is not None:
+            key, why = self.uneven
+            raise ValueError(
+                f"{key} does not go with {asked}, which is for classes of transformers: {why}"
+            )
+        if self.per_layer and not isinstance(parse_budget(self.kv_budget or "1+0"), float):
+            raise ValueError(
+                "per_layer distributes a kv_budget such as 25%: sizes that are given are those of "
+                "every layer"
+            )
+        if self.layers is not None and self.share is None:
+            raise ValueError("layers says which layers share: give share too, or leave layers out")
+        if self.layers == "auto":
+            raise ValueError("layers auto is for kvpatch cla: give layers as FIRST:END")
         return self
 
 
@@ -285,24 +303,6 @@ class ExportRecipe(_Conversion):
         if self.target == "kvpatch" and (self.serving or self.arch != "deepseek_v3"):
             raise ValueError("arch and serving are for native results: give target native")
         return self
-
-
-def parse_budget(text: str) -> float | tuple[int, int]:
-    """A share between 0 and 1 of ``25%``, or rank and rotary dims of ``512+64``.
-
-    Raises:
-        ValueError: If the text is neither.
-    """
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
-    split = re.fullmatch(r"(\d+)\+(\d+)", text)
-    if share is not None and 0 < float(share[1]) <= 100:
-        return float(share[1]) / 100
-    if split is not None and int(split[1]) and not int(split[2]) % 2:
-        return int(split[1]), int(split[2])
-    raise ValueError(
-        f"kv_budget {text!r} is neither a share such as 25% nor a rank and an even number of "
-        "rotary dims such as 512+64"
-    )
 
 
 Recipe = GqaRecipe | MqaRecipe | ClaRecipe | MlaRecipe | ExportRecipe

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord
-from convert.recipe import MlaRecipe
 from convert.texts import Windows
 
 if TYPE_CHECKING:
@@ -86,17 +85,10 @@ def _calibration(prepared: Prepared) -> dict[str, Any] | None:
 
 def _sizes(prepared: Prepared) -> dict[str, Any]:
     """What the cache of a layer holds, before and after."""
-    heads, scheme = prepared.plan.facts.geometry.kv_heads, prepared.scheme
-    if prepared.export is not None:
-        geometry = prepared.export.source.geometry
-        latent = {"rank": geometry.rank, "rope_dims": geometry.rope_dim}
-        return {"kv_heads": [None, None], "latent": latent}
-    if isinstance(scheme.recipe, MlaRecipe):
-        sizes = {"rank": scheme.recipe.rank, "rope_dims": scheme.recipe.rope_dims}
-        scales = prepared.plan.facts.key_scales
-        sizes |= {"key_scales": scales} if scales else {}
-        return {"kv_heads": [heads, None], "latent": sizes}
-    return {"kv_heads": [heads, scheme.kv_heads]}
+    scheme, heads = prepared.scheme, prepared.plan.facts.geometry.kv_heads
+    before = None if prepared.export is not None else heads
+    sizes = {"kv_heads": [before, scheme.kv_heads]}
+    return sizes if scheme.latent is None else {**sizes, "latent": scheme.latent}
 
 
 def _text(windows: Windows) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.facts import ModelFacts
-from convert.latents import Planes, Sizes, latent_method, latent_target, refuse_latents
+from convert.latent_sizes import Sizes
+from convert.latents import Planes, latent_method, latent_target, refuse_latents
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
@@ -40,6 +41,8 @@ class Scheme:
         target: What the result is written as.
         kv_heads: KV heads of each layer afterwards; None where it has a latent.
         sources: For each layer the one whose keys and values it reads afterwards.
+        sizes: Of the latent of each layer; None if there are none.
+        scales: Factors of keys that are cached beside each latent.
         cache: KV cache of the result.
         before: KV cache of the source; None where it is that of its KV heads.
         warnings: What the user should know.
@@ -50,16 +53,18 @@ class Scheme:
     target: Target
     kv_heads: int | None
     sources: tuple[int, ...]
+    sizes: tuple[Sizes, ...] | None = None
+    scales: int = 0
     cache: KVCache
-    warnings: tuple[str, ...]
     before: KVCache | None = None
+    warnings: tuple[str, ...]
 
     @property
     def result_keys(self) -> dict[str, Any]:
         """The part of the recipe that determines the result; equal results have equal manifests."""
         unused = set(_RUN_KEYS)
-        if self.kv_heads is None:  # the sizes are there
-            unused.add("kv_budget")
+        if isinstance(self.recipe, MlaRecipe) and self.recipe.rank is not None:
+            unused.add("kv_budget")  # the sizes are there
         if self.recipe.calibration is None:
             unused |= {"samples", "context", "seed"}
         return {
@@ -67,6 +72,21 @@ class Scheme:
             for key, value in self.recipe.model_dump().items()
             if key not in unused and value is not None
         }
+
+    @property
+    def latent(self) -> dict[str, int | list[int]] | None:
+        """Sizes of the latents, ``rank`` and ``rope_dims``: of every layer, or a list of them.
+
+        With ``key_scales``, the number of factors of keys beside each, if there are any.
+        """
+        if self.sizes is None:
+            return None
+        one = self.sizes[0] if len(set(self.sizes)) == 1 else None
+        sizes: dict[str, int | list[int]] = {
+            key: getattr(one, key) if one else [getattr(own, key) for own in self.sizes]
+            for key in ("rank", "rope_dims")
+        }
+        return sizes | ({"key_scales": self.scales} if self.scales else {})
 
 
 def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
@@ -102,9 +122,20 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
     normed = facts.qk_norm is not None
+    if normed and recipe.share is not None:
+        raise UsageError(
+            f"--share {recipe.share} does not work here: this {facts.family.model_type} model "
+            "norms its keys, which gives those of each layer a factor of their own, and what is "
+            "shared holds the factors of one layer",
+            hint="Leave --share out, or share keys and values: kvpatch cla.",
+        )
     refit = recipe.refit or ("none" if recipe.calibration is None else "o" if normed else "qo")
     _check_query_refit(refit, facts)
-    return {"refit": refit}
+    return {
+        "refit": refit,
+        "target": recipe.target if recipe.uneven is None else "kvpatch",
+        "layers": recipe.layers if recipe.share is None else recipe.layers or ":",
+    }
 
 
 def _merging_choices(recipe: Merging, facts: ModelFacts) -> dict[str, Any]:
@@ -202,27 +233,38 @@ def scheme_of(recipe: Merging, facts: ModelFacts, sources: Sequence[int]) -> Sch
     )
 
 
-def latent_scheme(recipe: MlaRecipe, facts: ModelFacts, sizes: Sizes, planes: Planes) -> Scheme:
+def latent_scheme(
+    recipe: MlaRecipe,
+    facts: ModelFacts,
+    sizes: Sequence[Sizes],
+    planes: Planes,
+    sources: Sequence[int],
+) -> Scheme:
     """What a settled recipe for latents does to a model.
 
     Args:
         recipe: From ``settled``.
         facts: The source.
-        sizes: Of the latent and the rotary key.
+        sizes: Of the latent and the rotary key of each layer.
         planes: For each layer the RoPE plane of each pair of the rotary key.
+        sources: For each layer the one whose latent it reads.
 
     Raises:
         UsageError: If no class holds the result.
     """
-    target, cache = latent_target(recipe, facts, sizes, planes)
+    target, cache = latent_target(recipe, facts, sizes, planes, sources)
+    chosen: dict[str, Any] = {"target": target.name}
+    if not recipe.per_layer:  # a shared latent may hold more rotary dims than one of a single layer
+        largest = max(sizes, key=lambda own: own.rope_dims)
+        chosen |= {"rank": largest.rank, "rope_dims": largest.rope_dims}
     return Scheme(
-        recipe=recipe.model_copy(
-            update={"target": target.name, "rank": sizes.rank, "rope_dims": sizes.rope_dims}
-        ),
-        method=latent_method(sizes, facts, planes[0], constants=not recipe.serving),
+        recipe=recipe.model_copy(update=chosen),
+        method=latent_method(sizes, facts, planes, sources, constants=not recipe.serving),
         target=target,
         kv_heads=None,
-        sources=tuple(range(facts.layers)),
+        sources=tuple(sources),
+        sizes=tuple(sizes),
+        scales=facts.key_scales,
         cache=cache,
         warnings=tuple(_latent_warnings(recipe, facts, target, cache)),
     )
@@ -253,7 +295,8 @@ def _warnings(recipe: Merging, facts: ModelFacts, target: Target) -> list[str]:
 def _latent_warnings(
     recipe: MlaRecipe, facts: ModelFacts, target: Target, cache: KVCache
 ) -> list[str]:
-    warnings = [] if recipe.target == target.name == "kvpatch" else _class_warnings(facts, target)
+    asked = recipe.target == target.name == "kvpatch" and recipe.uneven is None
+    warnings = [] if asked else _class_warnings(facts, target)
     if facts.qk_norm is not None:
         warnings.append(
             f"queries and keys have a norm: its scales are cached too ({facts.key_scales} per "

@@ -14,7 +14,7 @@ from convert.checkpoint.safetensors_header import TensorInfo
 from convert.facts import ModelFacts
 from convert.families import pack, tensor_names, unpack
 from convert.layer import AttentionLayer, LatentLayer
-from convert.methods import Method
+from convert.methods import Method, Outline
 from convert.targets import Rewrite, Target
 from kvpatch.errors import InputModelError
 
@@ -145,9 +145,10 @@ class Steps:
                     if name.startswith(prefix)
                 )
             )
-        key = tuple(bare)
+        outline = self.method.outlines.get(unit[0], self.method.outline)
+        key = (tuple(bare), outline)
         if key not in outlines:
-            outlines[key] = _outline(key, self.facts, self.method, self.target)
+            outlines[key] = _outline(key[0], self.facts, outline, self.target)
         return Step(
             tuple(names),
             tuple(
@@ -164,14 +165,14 @@ class Steps:
 
 
 def _outline(
-    unit: tuple[tuple[TensorSpec, ...], ...], facts: ModelFacts, method: Method, target: Target
+    unit: tuple[tuple[TensorSpec, ...], ...], facts: ModelFacts, outline: Outline, target: Target
 ) -> list[list[TensorSpec]]:
     """Names, shapes and dtypes that method and target make of the layers of a unit.
 
     Args:
         unit: Tensors of each layer, named without its prefix.
         facts: The source.
-        method: The conversion.
+        outline: Of the conversion.
         target: What the result is written as.
     """
     source = facts.family.layer_prefix.format(layer=0)
@@ -181,7 +182,7 @@ def _outline(
     ]
     before = [unpack(layer, facts.family, facts.geometry, 0) for layer in zeros]
     outlined = []
-    for tensors, after in zip(zeros, method.outline(before), strict=True):
+    for tensors, after in zip(zeros, outline(before), strict=True):
         specs = [
             TensorSpec(name.removeprefix(result), tensor.dtype, tuple(tensor.shape))
             for name, tensor in emit(after, tensors, facts, target, 0).items()

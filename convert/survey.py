@@ -7,6 +7,7 @@ attention of every layer are looked at first: on the calibration text, or from t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,43 +16,38 @@ from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
 from convert.execute import read_attention
 from convert.facts import ModelFacts
-from convert.latents import Sizes
-from convert.layer import AttentionLayer, QkNorm
 from convert.methods.attended import Attended, attended, presumed
-from convert.methods.cut import kept_components, lost_without_turn
+from convert.methods.budget import Prospect
+from convert.methods.cut import Selection, kept_components, lost_without_turn
 from convert.methods.fitting import second_moments
-from convert.methods.latent import factored, still_keys, value_gram
-from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
-from convert.methods.normed import factored_whole, mean_factors
+from convert.methods.joint import Joint, factored_jointly, joint, shares_of, together
+from convert.methods.latent import still_keys
+from convert.steps import units_of
 from convert.streams import observe, threads_for
 from convert.targets.dense_blocks import stock_config
 from convert.targets.rope_tables import rope_table
 
-__all__ = ["look", "survey", "white"]
+__all__ = ["Survey", "survey"]
 
 _READS = frozenset({"q", "k", "v", "o", "q_norm", "k_norm"})
+# a score is the real part of a complex product, half of its energy; but a lost rotation costs more
+# than a lost direction of the same measured energy, and refits repair less of it (measured: at a
+# sixteenth of the cache half of the loss, against a factor of 1)
+_TURNING = 2
 _LONGEST = 4096  # tokens of distance that are presumed at most
 
 
-def look(layer: AttentionLayer, moment: Tensor, norm: QkNorm | None) -> tuple[Rows, Mixed]:
-    """A layer's projections, and its keys as components.
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found of one unit of layers.
 
     Args:
-        layer: With q, k, v, o, its norms and ``rope``.
-        moment: [E', E'] second moment of [x; 1].
-        norm: Of its queries and keys.
+        attended: What attention makes of its keys.
+        prospect: What it would lose at the sizes that were asked for.
     """
-    rows = rows_of(layer, norm)
-    energy = query_energy(rows, moment)
-    if norm is not None:
-        energy = energy * mean_factors(layer, norm, moment)[:, None]
-    members = energy.reshape(layer.geometry.kv_heads, layer.geometry.group, -1).sum(1)
-    return rows, mixed(rows, moment, members)
 
-
-def white(hidden: int) -> Tensor:
-    """[E', E'] the second moment that is assumed where no text is at hand."""
-    return torch.eye(hidden + 1, dtype=torch.float64)
+    attended: Attended
+    prospect: Prospect
 
 
 @torch.no_grad()
@@ -59,107 +55,127 @@ def survey(
     checkpoint: Checkpoint,
     facts: ModelFacts,
     *,
+    sources: Sequence[int],
     tokens: Tensor | None,
     device: str,
-    splits: Sequence[Sizes],
+    pairs: Sequence[int],
+    rank: int,
+    selection: Selection,
     progress: Callable[[int], None],
-) -> tuple[list[Attended], list[float]]:
-    """What attention makes of the keys of each layer, and what each split of a budget would lose.
+) -> list[Survey]:
+    """Look at all units of layers that share a latent, in layer order.
 
     Args:
         checkpoint: The open source; one decoder layer at a time is read.
         facts: Its attention.
-        tokens: [N, T] calibration windows; None to presume it from the weights.
+        sources: For each layer the one whose latent it will read.
+        tokens: [N, T] calibration windows; None to presume attention from the weights.
         device: Where the layers run.
-        splits: Sizes to compare.
+        pairs: Numbers of rotary pairs to predict losses for.
+        rank: Latent dims up to which they are predicted.
+        selection: How pairs are chosen.
         progress: Called with the number of layers just done.
-
-    Returns:
-        One entry for each layer, and one for each split: the energy that it loses in the first
-        approximation, as a share of a layer's, mean over the layers.
 
     Raises:
         InputModelError: If the model cannot be run, or holds or gives numbers that are not finite.
     """
+    units = units_of(sources)
     looks = (
-        _presumed(checkpoint, facts)
+        _presumed(checkpoint, facts, units)
         if tokens is None
-        else _measured(checkpoint, facts, tokens, device)
+        else _measured(checkpoint, facts, units, tokens, device)
     )
-    found: list[Attended] = []
-    lost = torch.zeros(len(splits), dtype=torch.float64)
-    for number, (layer, moment, seen) in enumerate(looks):
-        if len(splits) > 1:
-            scale = facts.scales[number]
-            shares = [
-                _predicted(layer, moment, seen, sizes, scale=scale, norm=facts.qk_norm)
-                for sizes in splits
-            ]
-            lost += torch.tensor(shares, dtype=torch.float64)
-        found.append(seen)
-        progress(1)
-    return found, (lost / facts.layers).tolist()
+    found = []
+    for unit, (layers, seen, power) in zip(units, looks, strict=True):
+        prospect = _prospect(layers, seen, pairs, rank=rank, selection=selection, power=power)
+        found.append(Survey(seen, prospect))
+        progress(len(unit))
+    return found
 
 
 def _measured(
-    checkpoint: Checkpoint, facts: ModelFacts, tokens: Tensor, device: str
-) -> Iterator[tuple[AttentionLayer, Tensor, Attended]]:
-    """Each layer, the second moment of its input, and what its attention makes of it."""
+    checkpoint: Checkpoint,
+    facts: ModelFacts,
+    units: Sequence[tuple[int, ...]],
+    tokens: Tensor,
+    device: str,
+) -> Iterator[tuple[Joint, Attended, float | None]]:
+    """Each unit, what its attention makes of its keys, and the power of the residual stream."""
     with threads_for(facts.geometry.hidden):
         decoder = Decoder(checkpoint, facts, context=tokens.shape[1], device=device)
         stream = decoder.embed(tokens)
-        for number in range(facts.layers):
-            layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
-            observed, stream = observe(facts, number, layer, decoder, stream)
-            moment = second_moments([observed.inputs]).own[0]
-            yield layer, moment, attended(observed, look(layer, moment, facts.qk_norm)[1])
+        for unit in units:
+            layers, seen = [], []
+            for number in unit:
+                layers.append(read_attention(checkpoint, facts, number, _READS, torch.float32))
+                observed, stream = observe(facts, number, layers[-1], decoder, stream)
+                seen.append(observed)
+            inputs = second_moments([one.inputs for one in seen])
+            found = joint(layers, inputs, shares_of(seen), facts.qk_norm)
+            powers = [float((s.before + s.outputs).square().sum(-1).mean()) for s in seen]
+            parts = [
+                attended(one, found.mixed_for(place), read=seen[0].inputs)
+                for place, one in enumerate(seen)
+            ]
+            scales = [facts.scales[number] for number in unit]
+            weights = [powers[0] / power for power in powers]
+            yield found, together(parts, scales, weights), powers[0]
 
 
 def _presumed(
-    checkpoint: Checkpoint, facts: ModelFacts
-) -> Iterator[tuple[AttentionLayer, Tensor, Attended]]:
-    norm = facts.qk_norm
+    checkpoint: Checkpoint, facts: ModelFacts, units: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[Joint, Attended, float | None]]:
     stock = stock_config(facts) if any(rope.dim for rope in facts.ropes) else None
-    for number, rope in enumerate(facts.ropes):
-        frequencies = rope_table(facts, stock, number).short if rope.dim else torch.zeros(0)
-        layer = read_attention(checkpoint, facts, number, _READS, torch.float32)
-        moment = white(facts.geometry.hidden)
-        rows, components = look(layer, moment, norm)
-        seen = presumed(
-            layer,
-            rows,
-            components,
-            query_energy(rows, moment),
-            frequencies,
-            context=min(facts.context, _LONGEST),
-            factors=None if norm is None else mean_factors(layer, norm, moment),
-        )
-        yield layer, moment, seen
+    for unit in units:
+        turns = facts.ropes[unit[0]].dim > 0
+        frequencies = rope_table(facts, stock, unit[0]).short if turns else torch.zeros(0)
+        layers = [read_attention(checkpoint, facts, n, _READS, torch.float32) for n in unit]
+        found = joint(layers, None, [1.0] * len(unit), facts.qk_norm)
+        parts = [
+            presumed(
+                layer,
+                found.rows_of(place),
+                found.mixed_for(place),
+                found.energy_of(place),
+                frequencies,
+                context=min(facts.context, _LONGEST),
+                factors=found.factors,
+            )
+            for place, layer in enumerate(layers)
+        ]
+        scales = [facts.scales[number] for number in unit]
+        yield found, together(parts, scales, [1.0] * len(unit)), None
 
 
-def _predicted(
-    layer: AttentionLayer,
-    moment: Tensor,
+def _prospect(
+    unit: Joint,
     seen: Attended,
-    sizes: Sizes,
+    pairs: Sequence[int],
     *,
-    scale: float,
-    norm: QkNorm | None,
-) -> float:
-    """Share of its energy that a layer of given sizes loses, before refits."""
-    rows, components = look(layer, moment, norm)
+    rank: int,
+    selection: Selection,
+    power: float | None,
+) -> Prospect:
+    """What a unit would lose, before refits.
+
+    Args:
+        unit: The layers.
+        seen: What attention makes of their keys.
+        pairs: Numbers of rotary pairs to predict losses for.
+        rank: Latent dims up to which they are predicted.
+        selection: How pairs are chosen.
+        power: Of the residual stream, the unit of its energies; None if it is not known, and each
+            unit of layers counts alike.
+    """
     cut = lost_without_turn(seen)
-    (kept,) = kept_components([cut], sizes.rope_dims // 2, "greedy", common=False)
-    found = (factored if norm is None else factored_whole)(
-        still_keys(rows, components, seen.turn, kept, 1.0),
-        rows.v,
-        key_metric=seen.queries * scale**2,
-        value_gram=value_gram(layer, seen.values),
-        moment=moment,
-        rank=sizes.rank,
-    )
-    # a score is the real part of a complex product, half of its energy; it counts twice, since
-    # refits repair less of a lost rotation than of a lost direction (measured: better splits)
-    turning = float(cut[~kept].sum()) * scale**2
-    whole = float(seen.energy.sum()) * scale**2 + found.energy
-    return (turning + found.lost) / whole
+    turning, spectra, beyond = {}, {}, {}
+    whole = 0.0
+    for count in dict.fromkeys(min(count, cut.numel()) for count in pairs):
+        (kept,) = kept_components([cut], count, selection, common=False)
+        still = still_keys(unit.rows, unit.mixed, seen.turn, kept, 1.0)
+        found = factored_jointly(unit, seen, still, rank, centred=True)
+        spectra[count], beyond[count] = found.kept, found.lost
+        whole = max(whole, found.energy)
+        turning[count] = (1 if power is None else _TURNING) * float(cut[~kept].sum())
+    whole += float(seen.energy.sum())
+    return Prospect(turning, spectra, beyond, 1 / (power or whole or 1.0))

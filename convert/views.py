@@ -10,7 +10,6 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
-from convert.recipe import MlaRecipe
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
@@ -119,27 +118,14 @@ def _added(prepared: Prepared) -> list[dict[str, Any]]:
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
     """Sizes of the latents of a result, and which servers load it."""
-    recipe = prepared.recipe
-    if prepared.export is not None:
-        geometry = prepared.export.source.geometry
-        rank, rope_dims = geometry.rank, geometry.rope_dim
-    elif isinstance(recipe, MlaRecipe):
-        assert recipe.rank is not None
-        assert recipe.rope_dims is not None
-        rank, rope_dims = recipe.rank, recipe.rope_dims
-    else:
+    sizes = prepared.scheme.latent
+    if sizes is None:
         return None
     target = prepared.plan.target
     notes = {}
     if target.name == "native":
         notes = server_notes(target.edit(prepared.checkpoint.config))
-    scales = prepared.plan.facts.key_scales
-    return {
-        "rank": rank,
-        "rope_dims": rope_dims,
-        **({"key_scales": scales} if scales else {}),
-        "servers": notes,
-    }
+    return {**sizes, "servers": notes}
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
@@ -189,8 +175,11 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _sizes(latent: Mapping[str, Any]) -> str:
-    sizes = f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}"
-    return f"{sizes}, scales of keys {latent['key_scales']}" if "key_scales" in latent else sizes
+    scales = f", scales of keys {latent['key_scales']}" if "key_scales" in latent else ""
+    if isinstance(latent["rank"], int):
+        return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}{scales}"
+    each = (f"{own}+{rope}" for own, rope in zip(latent["rank"], latent["rope_dims"], strict=True))
+    return f"latent and rotary key of each layer: {', '.join(each)}{scales}"
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

@@ -75,6 +75,10 @@ def made(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         "window": mla("mistral:window"),
         "phi": mla("phi"),
         "normed": mla("qwen3"),
+        "mla-shared": mla("llama", "--share", 2),
+        "mla-per-layer": lambda folder: done(
+            source("llama"), folder, "--kv-budget", "25%", "--per-layer"
+        ),
         "ranks": latent("llama", shared=False),
         "shared": latent("llama", shared=True),
         "experts": foreign(first_k_dense_replace=1),
@@ -101,6 +105,9 @@ _REFUSED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "frequencies": ("ours", _NATIVE, 2, "its layers keep components of different frequencies"),
     "ranks": ("ranks", _NATIVE, 2, "its layers have latents of different ranks"),
     "shared": ("shared", _NATIVE, 2, "its layers share latents"),
+    "mla-shared": ("mla-shared", _NATIVE, 2, "its layers share latents"),
+    "mla-ranks": ("mla-per-layer", _NATIVE, 2, "its layers have latents of different ranks"),
+    "mla-already": ("mla-shared", _OURS, 2, "this model is a KvpatchLlamaForCausalLM already"),
     "window": ("window", _NATIVE, 2, "it has sliding windows"),
     "norms": ("normed", _NATIVE, 2, "it normalises queries and keys"),
     "block": ("phi", _NATIVE, 2, "the block of phi is not attention and a gated MLP"),

@@ -282,6 +282,7 @@ def test_a_report_draws_it_beside_a_merge(calibrated: Path, source: Source, tmp_
             "rope_dims": 8,
             "lost_rope": layer["lost_energy_rope"],
             "lost_latent": layer["lost_energy_latent"],
+            "lost_shared": None,
             "attention_kl": layer["attention_kl"],
             "output_error": layer["output_error"],
         }

@@ -178,6 +178,16 @@ def mla(
         str | None,
         typer.Option(help="Instead: share of the KV cache, 25%, or both sizes, 512+64."),
     ] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer", help="Give each layer its part of --kv-budget by what it loses."
+        ),
+    ] = False,
+    share: Annotated[int | None, typer.Option(help="Layers for each latent.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="With --share: layers that take part, FIRST:END.")
+    ] = None,
     rope_select: Annotated[
         str, typer.Option(help="What stays rotary: greedy, per-frequency or stride.")
     ] = "greedy",
@@ -210,6 +220,8 @@ def mla(
     Examples:
         kvpatch mla ./llama-2-7b ./llama-2-7b-mla --kv-budget 512+64 --calibration train.txt
         kvpatch mla ./llama-2-7b ./out --rank 448 --rope-dims 64 --target kvpatch
+        kvpatch mla ./llama-2-7b ./out --kv-budget 5% --per-layer --calibration train.txt
+        kvpatch mla ./llama-2-7b ./out --kv-budget 5% --share 2 --calibration train.txt
     """
     _convert(_recipe("mla", locals()), dry_run, Console(json=json, quiet=quiet, verbose=verbose))
 

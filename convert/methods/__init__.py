@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convert.layer import AttentionLayer
@@ -11,10 +11,11 @@ from convert.layer import AttentionLayer
 if TYPE_CHECKING:
     from convert.methods.merge import Inputs
 
-__all__ = ["Converted", "Method"]
+__all__ = ["Converted", "Method", "Outline"]
 
 # the layers of a unit, AttentionLayers or LatentLayers, and of each what the step lost, by name
 Converted = tuple[Sequence[Any], Sequence[Mapping[str, Any]]]
+Outline = Callable[[Sequence[AttentionLayer]], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Method:
         reads: Canonical fields it needs; all other tensors pass through as bytes.
         outline: A unit of the shapes and dtypes that ``convert`` gives, for the plan; sees
             zeros, and must be cheap.
+        outlines: The same by the first layer of a unit, for units that become something else.
         convert: The unit's new form, from the unit and the second moments of its inputs, which
             are None where nothing was calibrated. None where it takes more than the unit itself,
             and a ``Converting`` or the like makes it.
@@ -38,7 +40,8 @@ class Method:
     """
 
     reads: frozenset[str]
-    outline: Callable[[Sequence[AttentionLayer]], Sequence[Any]]
+    outline: Outline
     convert: Callable[[Sequence[AttentionLayer], Inputs | None], Converted] | None
     working_bytes: Callable[[int], int]
+    outlines: Mapping[int, Outline] = field(default_factory=dict)
     tensors: tuple[str, ...] = ()

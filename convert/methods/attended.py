@@ -54,12 +54,15 @@ class Attended:
 
 
 @torch.no_grad()
-def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Attended:
+def attended(
+    observed: Observed, mixed: Mixed, *, read: Tensor | None = None, by_output: bool = True
+) -> Attended:
     """Measure a layer.
 
     Args:
         observed: The original layer and what it did on the text.
         mixed: Components of its keys.
+        read: [N, T, E] inputs that the components are made of; None for its own.
         by_output: Weigh scores by what they move; else by the attention weight alone.
     """
     layer = observed.layer
@@ -76,8 +79,9 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
     rows = mixed.rows.flatten(0, 1)
     rows = torch.cat([rows.real, rows.imag]).to(turn.device, kind)
     seen = 0
-    for window in _windows(observed):
-        inputs = window.inputs[0]
+    for window, inputs in zip(
+        _windows(observed), observed.inputs if read is None else read, strict=True
+    ):
         chosen = torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()
         attention = _weights(window, chosen)
         importance = _importance(window, attention) if by_output else attention
@@ -88,8 +92,8 @@ def attended(observed: Observed, mixed: Mixed, *, by_output: bool = True) -> Att
         size = query[..., : 2 * planes].square().reshape(*query.shape[:2], planes, 2).sum(-1)
         back = size * turn[chosen].conj()
         # what the chosen queries make of each token in each plane, before its components are told
-        read = importance.mT @ torch.cat([size, back.real, back.imag], -1)
-        still, real, imaginary = torch.split(read, [planes] * 3, -1)
+        made = importance.mT @ torch.cat([size, back.real, back.imag], -1)
+        still, real, imaginary = torch.split(made, [planes] * 3, -1)
         spun = torch.complex(real, imaginary) * turn
         energy += torch.einsum("hsp,spn->hpn", still, power).double().cpu()
         turned += torch.complex(

@@ -213,6 +213,7 @@ def refit_outcome(
     target: Tensor,
     seed: int,
     basis: Basis | None = None,
+    read: Tensor | None = None,
 ) -> list[AttentionLayer]:
     """Refit the output projection of a layer, and its value projection if it produces values.
 
@@ -228,6 +229,7 @@ def refit_outcome(
         target: [N, T, E] what this layer's attention should give.
         seed: Of the fits.
         basis: What the values are made of; None for the inputs.
+        read: [N, T, E] input that the values read; None for ``inputs``.
 
     Returns:
         The converted layers with their new projections.
@@ -244,7 +246,8 @@ def refit_outcome(
             fitted[0] = _refit_all_values(
                 observed, fitted, inputs_of, shared, targets, basis=basis, seed=seed
             )
-            shared = (shared[0], values(fitted[0], observed[0].scoring, inputs))
+            source = inputs if read is None else read
+            shared = (shared[0], values(fitted[0], observed[0].scoring, source))
         for at in places:
             heads = head_outputs(fitted[at], observed[at].scoring, inputs_of[at], shared)
             output, bias = fitted[at].o, fitted[at].o_bias

@@ -36,6 +36,7 @@ __all__ = [
     "merge_heads",
     "merge_values",
     "moments_of",
+    "prediction",
     "query_order",
 ]
 
@@ -285,7 +286,7 @@ def _predicted(
         if index and inputs is not None:
             used = own.shape[-1] - (getattr(layer, f"{part}_bias") is None)
             fit = own.new_zeros(own.shape[-1], own.shape[-1])
-            fit[:used, :used] = _prediction(inputs, index, used)
+            fit[:used, :used] = prediction(inputs, index, used)
             error = inputs.own[index] - fit @ inputs.own[0] @ fit.mT
             missing.append(energy(own, error, members))
             own = own @ fit
@@ -299,8 +300,14 @@ def _moment(inputs: Inputs | None, layer: int) -> Tensor | None:
     return None if inputs is None else inputs.own[layer]
 
 
-def _prediction(inputs: Inputs, layer: int, used: int) -> Tensor:
-    """Matrix that predicts the first ``used`` inputs of a layer from those of the first layer."""
+def prediction(inputs: Inputs, layer: int, used: int) -> Tensor:
+    """Matrix that predicts the first ``used`` inputs of a layer from those of the first layer.
+
+    Args:
+        inputs: Second moments of the layers of a unit.
+        layer: Which one of them.
+        used: Dims of the inputs [x; 1], with or without the 1.
+    """
     moment = inputs.own[0][:used, :used]
     ridge = _RIDGE * moment.diagonal().mean() * torch.eye(used, dtype=moment.dtype)
     cross = inputs.cross[layer][:used, :used]

@@ -8,8 +8,8 @@ key is one problem for all heads. The latent stands, since the values are made o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from convert.methods.least_squares import solve, total
 from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
 
 __all__ = [
+    "Reading",
     "expanded",
     "latent_basis",
     "refit_latent_scores",
@@ -120,151 +121,205 @@ def with_expanded_values(layer: LatentLayer, fitted: AttentionLayer, basis: Basi
     return dataclasses.replace(layer, v_up=v_up, o=fitted.o, o_bias=fitted.o_bias)
 
 
-def refit_latent_scores(
-    layer: LatentLayer,
-    observed: Observed,
-    scoring: Scoring,
-    inputs: Tensor,
-    *,
-    each: Each,
-    seed: int,
-) -> LatentLayer:
-    """Refit queries, the rotary key, the maps from the latent to keys, and queries again.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A layer that reads a latent and a rotary key, and what it should do.
 
     Args:
-        layer: float32.
+        layer: float32, with the latent and the rotary key that it reads.
         observed: The original layer.
         scoring: That of the latent layer: its turn has the pairs of the rotary key alone.
-        inputs: [N, T, E] input of its attention in the converted model.
+        inputs: [N, T, E] what its queries are made of.
+    """
+
+    layer: LatentLayer
+    observed: Observed
+    scoring: Scoring
+    inputs: Tensor
+
+
+def refit_latent_scores(
+    readings: Sequence[Reading], source: Tensor, *, place: int = 0, each: Each, seed: int
+) -> list[LatentLayer]:
+    """Refit queries, the rotary key, the maps from the latent to keys, and queries again.
+
+    The rotary key is refitted with its producer, for all layers that read it; those that come later
+    take part with what they did in the original model.
+
+    Args:
+        readings: The layers of a unit, the producer first.
+        source: [N, T, E] input of the producer's attention in the converted model.
+        place: Which layer of the unit.
         each: Calls a function for each head, in any order or at the same time.
         seed: Of the fits.
+
+    Returns:
+        The layers, the one at ``place`` with its new projections, all later ones with new queries
+        and a new rotary key if it produces.
     """
-    fit = _Fit(layer, observed, scoring, inputs, each=each, seed=seed)
+    produces = place == 0
+    fit = _Fit(readings if produces else readings[place : place + 1], source, each=each, seed=seed)
     fit.queries()
-    if layer.geometry.rope_dim:
+    if produces and fit.turns:
         fit.rotary_key()
     fit.still_keys_and_queries()
-    return fit.layer()
+    layers = [reading.layer for reading in readings]
+    fitted = fit.layers()
+    layers[place : place + len(fitted)] = fitted
+    return layers
 
 
-class _Fit:
-    """The parts of a layer that are fitted in turn, in coordinates in which inputs are white."""
+class _Reader:
+    """What is fitted of one layer, in coordinates in which its inputs are white."""
 
-    def __init__(
-        self,
-        layer: LatentLayer,
-        observed: Observed,
-        scoring: Scoring,
-        inputs: Tensor,
-        *,
-        each: Each,
-        seed: int,
-    ) -> None:
-        self._start, self._scoring = layer, scoring
+    def __init__(self, reading: Reading, *, share: float) -> None:
+        layer = reading.layer
+        self.reading, self.share, nope = reading, share, layer.geometry.nope_dim
         # of the original, once for all the times that a head's scores are wanted
-        self._truth = observed.scoring
-        self._asked = queries(observed.layer, observed.scoring, observed.inputs)
-        self._read = keys(observed.layer, observed.scoring, observed.inputs)
-        self._each, self._seed = each, seed
-        nope = layer.geometry.nope_dim
-        self._basis = basis_of(inputs, bias=layer.q_bias is not None)
+        original = reading.observed
+        self._asked = queries(original.layer, original.scoring, original.inputs)
+        self._read = keys(original.layer, original.scoring, original.inputs)
+        self.basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
         bias = None if layer.q_bias is None else _rope_first(layer.q_bias, nope)
-        self._rows = _with_bias(_rope_first(layer.q, nope), bias) @ self._basis.there
-        same = (layer.q_bias is None) == (layer.k_rope_bias is None)
-        biased = layer.k_rope_bias is not None
-        self._key_basis = self._basis if same else basis_of(inputs, bias=biased)
-        self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
-        # no softmax sees a constant of the keys without rotation, but float32 rounds it
-        latents = inputs @ layer.latent.mT
-        self._latents = latents - latents.mean((0, 1))
-        self._k_up = layer.k_up.clone()
+        self.rows = _with_bias(_rope_first(layer.q, nope), bias) @ self.basis.there
+        self.k_up = layer.k_up.clone()
 
-    def layer(self) -> LatentLayer:
-        """The layer with what was fitted."""
-        rope, biased = self._start.geometry.rope_dim, self._start.q_bias is not None
-        q, q_bias = _without_bias(self._rows @ self._basis.back, biased)
-        biased = self._start.k_rope_bias is not None
-        k_rope, k_bias = _without_bias(self._key_rows @ self._key_basis.back, biased)
+    def ruler(self, head: int) -> Ruler:
+        """The metric of the scores of a head."""
+        reading, rows = self.reading, self.rows[head : head + 1]
+        read = self._read[:, head // (self._asked.shape[1] // self._read.shape[1]), None]
+        target = logits(self._asked[:, head, None], read, reading.observed.scoring)
+        return Ruler(Reader(self.basis, rows, target, reading.scoring, self.share))
+
+    def fit_queries(self, ruler: Ruler, head: int, key: Tensor, seed: int) -> None:
+        """Refit the queries of a head for its keys [N, T, D]."""
+        ruler.fit_queries(key, seed)
+        self.rows[head] = ruler.reader.rows[0]
+
+    def layer(self, k_rope: Tensor, k_bias: Tensor | None) -> LatentLayer:
+        """The layer with what was fitted and a rotary key."""
+        start = self.reading.layer
+        rope, biased = start.geometry.rope_dim, start.q_bias is not None
+        q, q_bias = _without_bias(self.rows @ self.basis.back, biased)
         return dataclasses.replace(
-            self._start,
+            start,
             q=_nope_first(q, rope),
             q_bias=None if q_bias is None else _nope_first(q_bias, rope),
             k_rope=k_rope,
             k_rope_bias=k_bias,
-            k_up=self._k_up,
+            k_up=self.k_up,
         )
 
+
+class _Fit:
+    """The parts of layers with one latent and one rotary key, which are fitted in turn."""
+
+    def __init__(
+        self, readings: Sequence[Reading], source: Tensor, *, each: Each, seed: int
+    ) -> None:
+        first, many = readings[0], len(readings) > 1
+        self._each, self._seed = each, seed
+        self._readers = [
+            _Reader(reading, share=reading.observed.share if many else 1.0) for reading in readings
+        ]
+        layer, basis = first.layer, self._readers[0].basis
+        self._scoring = first.scoring
+        self._biased = layer.k_rope_bias is not None
+        same = source is first.inputs and (layer.q_bias is not None) == self._biased
+        self._key_basis = basis if same else basis_of(source, bias=self._biased)
+        self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
+        # no softmax sees a constant of the keys without rotation, but float32 rounds it
+        latents = source @ layer.latent.mT
+        self._latents = latents - latents.mean((0, 1))
+
+    @property
+    def turns(self) -> bool:
+        """Whether there is a rotary key."""
+        return bool(len(self._key_rows))
+
+    def layers(self) -> list[LatentLayer]:
+        """The layers with what was fitted."""
+        k_rope, k_bias = _without_bias(self._key_rows @ self._key_basis.back, self._biased)
+        return [reader.layer(k_rope, k_bias) for reader in self._readers]
+
     def queries(self) -> None:
-        """Refit the query projection of each head, of full width."""
+        """Refit the query projection of each head of all layers, of full width."""
         turned = self._turned()
 
-        def refit(head: int) -> None:
-            ruler = self._ruler(head)
-            self._fit_queries(ruler, head, turned)
+        def refit(reader: _Reader, head: int) -> None:
+            key = self._key(reader, head, turned)
+            reader.fit_queries(reader.ruler(head), head, key, self._seed)
 
-        self._each(refit, range(len(self._rows)))
+        self._each_head(refit, self._readers)
 
     def still_keys_and_queries(self) -> None:
-        """Refit the map of each head from the latent to its key, then its queries again."""
+        """Refit the first layer's maps from the latent to keys, then its queries again."""
         turned = self._turned()
 
-        def refit(head: int) -> None:
-            ruler = self._ruler(head)
-            self._k_up[head] = ruler.fit_still_keys(
-                turned, self._latents, self._k_up[head], self._seed
+        def refit(reader: _Reader, head: int) -> None:
+            ruler = reader.ruler(head)
+            reader.k_up[head] = ruler.fit_still_keys(
+                turned, self._latents, reader.k_up[head], self._seed
             )
-            self._fit_queries(ruler, head, turned)
+            reader.fit_queries(ruler, head, self._key(reader, head, turned), self._seed)
 
-        self._each(refit, range(len(self._rows)))
+        self._each_head(refit, self._readers[:1])
 
     def rotary_key(self) -> None:
         """Refit the projection of the rotary key for all heads that read it."""
         width, inputs = len(self._key_rows), self._key_basis.inputs
-        windows, turn, scale = range(len(inputs)), self._scoring.turn, self._scoring.scale
-        asked = rotate(project(self._rows[:, :width], None, self._basis.inputs), turn) * scale
+        windows, turn = range(len(inputs)), self._scoring.turn
+        # queries [N, H, T, Dr] of each layer with their scale
+        asked = [
+            rotate(project(reader.rows[:, :width], None, reader.basis.inputs), turn)
+            * reader.reading.scoring.scale
+            for reader in self._readers
+        ]
 
-        def back(head: int, errors: Callable[[Ruler, int], Tensor]) -> Tensor:
-            """From errors [1, T, T] of each window, what the key [N, T, Dr] is asked for."""
-            ruler = self._ruler(head)
-            return torch.stack([errors(ruler, n)[0].mT @ asked[n, head] for n in windows])
+        def summed(errors: Callable[[int, int, Ruler, int], Tensor]) -> Tensor:
+            """From errors [1, T, T] of each layer, head and window, a pull at the rows."""
+            parts: dict[tuple[int, int], Tensor] = {}
 
-        def summed(errors: Callable[[int, Ruler, int], Tensor]) -> Tensor:
-            parts: list[Tensor | None] = [None] * len(self._rows)
+            def one(reader: _Reader, head: int) -> None:
+                at, ruler = self._readers.index(reader), reader.ruler(head)
+                parts[at, head] = torch.stack(
+                    [errors(at, head, ruler, n)[0].mT @ asked[at][n, head] for n in windows]
+                )
 
-            def one(head: int) -> None:
-                parts[head] = back(head, partial(errors, head))
-
-            self._each(one, range(len(parts)))
-            turned = rotate(total(part for part in parts if part is not None), turn.conj())
+            self._each_head(one, self._readers)
+            turned = rotate(total(part for _, part in sorted(parts.items())), turn.conj())
             return (turned.flatten(0, 1).mT @ inputs.flatten(0, 1))[None]
 
-        def missing(head: int, ruler: Ruler, window: int) -> Tensor:
-            still = self._basis.inputs[window] @ self._rows[head, width:].mT * scale
-            standing = still @ (self._latents[window] @ self._k_up[head].mT).mT
+        def missing(at: int, head: int, ruler: Ruler, window: int) -> Tensor:
+            reader = self._readers[at]
+            still = reader.basis.inputs[window] @ reader.rows[head, width:].mT
+            key = self._latents[window] @ reader.k_up[head].mT
+            standing = still * reader.reading.scoring.scale @ key.mT
             return ruler.pull[window] - ruler.measure(window, standing[None])
 
         def normal(rows: Tensor) -> Tensor:
             key = rotate(inputs @ rows[0].mT, turn).mT
-            return summed(lambda head, ruler, n: ruler.measure(n, asked[n, head, None] @ key[n]))
+            return summed(
+                lambda at, head, ruler, n: ruler.measure(n, asked[at][n, head, None] @ key[n])
+            )
 
         self._key_rows = solve(
             normal, summed(missing), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
         )[0]
 
+    def _each_head(
+        self, function: Callable[[_Reader, int], None], readers: Sequence[_Reader]
+    ) -> None:
+        heads = [(reader, head) for reader in readers for head in range(len(reader.rows))]
+        self._each(lambda number: function(*heads[number]), range(len(heads)))
+
     def _turned(self) -> Tensor:
         """The rotary key [N, T, Dr] at its positions."""
         return rotate(self._key_basis.inputs @ self._key_rows.mT, self._scoring.turn)
 
-    def _ruler(self, head: int) -> Ruler:
-        group = self._asked.shape[1] // self._read.shape[1]
-        read = self._read[:, head // group, None]
-        target = logits(self._asked[:, head, None], read, self._truth)
-        return Ruler(Reader(self._basis, self._rows[head : head + 1], target, self._scoring))
-
-    def _fit_queries(self, ruler: Ruler, head: int, turned: Tensor) -> None:
-        key = torch.cat([turned, self._latents @ self._k_up[head].mT], -1)
-        ruler.fit_queries(key, self._seed)
-        self._rows[head] = ruler.reader.rows[0]
+    def _key(self, reader: _Reader, head: int, turned: Tensor) -> Tensor:
+        """Key [N, T, D] of a head."""
+        return torch.cat([turned, self._latents @ reader.k_up[head].mT], -1)
 
 
 def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:

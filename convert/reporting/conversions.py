@@ -89,12 +89,15 @@ class LatentLayer(Layer):
         rope_dims: Rotary dims.
         lost_energy_rope: Share of the energy of its keys that was lost with their rotation.
         lost_energy_latent: Share that the latent lost of what it should hold.
+        lost_energy_shared: Share of the energy of its keys and values that the input of the layer
+            whose latent it reads cannot give; if layers share.
     """
 
     rank: int
     rope_dims: int
     lost_energy_rope: float
     lost_energy_latent: float
+    lost_energy_shared: float | None = None
 
 
 class _Against(_Checked):

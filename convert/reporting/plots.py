@@ -54,6 +54,7 @@ _LATENT_LINES: tuple[_Line, ...] = (
     ("predicted:\nlost with the rotation", "lost_energy_rope", "% of the keys", 100, _PREDICTED),
     _KL_LINE,
     ("predicted:\nlost in the latent", "lost_energy_latent", "%", 100, _PREDICTED),
+    ("predicted:\nin no input shared", "lost_energy_shared", "%", 100, _PREDICTED),
     _ERROR_LINE,
 )
 _KL_TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)

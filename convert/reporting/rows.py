@@ -116,7 +116,7 @@ def lost_energy_rows(conversion: MergedConversion) -> list[Row]:
 def latent_rows(conversion: LatentConversion) -> list[Row]:
     """One row for each layer: sizes, what it lost, and what was measured while calibrating.
 
-    ``lost_rope`` and ``lost_latent`` are predicted, before any refit.
+    ``lost_rope``, ``lost_latent`` and ``lost_shared`` are predicted, before any refit.
     """
     return [
         {
@@ -126,6 +126,7 @@ def latent_rows(conversion: LatentConversion) -> list[Row]:
             "rope_dims": layer.rope_dims,
             "lost_rope": layer.lost_energy_rope,
             "lost_latent": layer.lost_energy_latent,
+            "lost_shared": layer.lost_energy_shared,
             "attention_kl": layer.attention_kl,
             "output_error": layer.output_error,
         }

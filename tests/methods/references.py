@@ -139,33 +139,48 @@ def outcome_of(layer: AttentionLayer, scores: Tensor, inputs: Tensor) -> Tensor:
 
 
 def latent_scores(
-    layer: LatentLayer, inputs: Tensor, turning: Tensor, norm: QkNorm | None = None
+    layer: LatentLayer,
+    inputs: Tensor,
+    turning: Tensor,
+    norm: QkNorm | None = None,
+    *,
+    read: Tensor | None = None,
 ) -> Tensor:
-    """[H, T, T] of a latent layer; ``turning`` [P] are those of the source's planes."""
+    """[H, T, T] of a latent layer; ``turning`` [P] are those of the source's planes.
+
+    Keys are made of ``read`` [T, E] if it is given, as where layers share a latent.
+    """
+    read = inputs if read is None else read
     nope, width = layer.geometry.nope_dim, layer.geometry.rope_dim
     pairs = [(2 * i, 2 * i + 1) for i in range(width // 2)]
     rotation = _rotations(len(inputs), pairs, turning[list(layer.planes)], width)
     query = normed(heads_of(layer, "q", inputs), norm, layer.q_norm).transpose(0, 1)
     if layer.q_rope is not None:
         query = torch.cat([query, torch.einsum("hfd,htd->htf", layer.q_rope, query)], -1)
-    rope_key = inputs @ layer.k_rope.T
+    rope_key = read @ layer.k_rope.T
     if layer.k_rope_bias is not None:
         rope_key = rope_key + layer.k_rope_bias
-    still = torch.einsum("htd,hdr,sr->hts", query[..., :nope], layer.k_up, _latents(layer, inputs))
+    still = torch.einsum("htd,hdr,sr->hts", query[..., :nope], layer.k_up, _latents(layer, read))
     turned = torch.einsum("tfd,htd,sfg,sg->hts", rotation, query[..., nope:], rotation, rope_key)
     scores = layer.scale * (still + turned)
     if norm is None:
         return scores
-    factors = key_factors_of(layer, norm, inputs)
+    factors = key_factors_of(layer, norm, read)
     return scores * factors.T.repeat_interleave(len(scores) // factors.shape[1], 0)[:, None]
 
 
 def latent_outcome(
-    layer: LatentLayer, inputs: Tensor, turning: Tensor, norm: QkNorm | None = None
+    layer: LatentLayer,
+    inputs: Tensor,
+    turning: Tensor,
+    norm: QkNorm | None = None,
+    *,
+    read: Tensor | None = None,
 ) -> Tensor:
-    """[T, E] that a latent layer adds to the residual stream."""
-    mixing = causal_weights(latent_scores(layer, inputs, turning, norm))
-    value = torch.einsum("hdr,tr->thd", layer.v_up, _latents(layer, inputs))
+    """[T, E] that a latent layer adds to the residual stream; see ``latent_scores``."""
+    mixing = causal_weights(latent_scores(layer, inputs, turning, norm, read=read))
+    latents = _latents(layer, inputs if read is None else read)
+    value = torch.einsum("hdr,tr->thd", layer.v_up, latents)
     found = torch.einsum("hts,shd,ehd->te", mixing, value, layer.o)
     return found if layer.o_bias is None else found + layer.o_bias
 

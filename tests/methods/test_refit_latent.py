@@ -20,6 +20,7 @@ from convert.methods.fitting import Observed, refit_outcome, second_moments
 from convert.methods.latent import factored, latent_form, still_keys, value_gram, with_idle_pairs
 from convert.methods.mixing import mixed, query_energy, rows_of
 from convert.methods.refit_latent import (
+    Reading,
     expanded,
     latent_basis,
     refit_latent_scores,
@@ -82,9 +83,11 @@ class Case:
         return torch.stack([latent_outcome(layer, x, self.speeds) for x in self.inputs])
 
     def refitted(self) -> LatentLayer:
-        return refit_latent_scores(
-            self.layer, self.observed, self.scoring, self.inputs, each=one_by_one, seed=5
+        reading = Reading(
+            layer=self.layer, observed=self.observed, scoring=self.scoring, inputs=self.inputs
         )
+        (found,) = refit_latent_scores([reading], self.inputs, each=one_by_one, seed=5)
+        return found
 
 
 def _case(shape: Shape) -> Case:
@@ -265,9 +268,8 @@ def test_scores_that_are_right_already_stay(shape: Shape) -> None:
         case.observed, layer=whole, scoring=case.scoring, inputs=case.inputs
     )
     assert_close(content.scores(range(whole.geometry.heads)), target, atol=1e-10)
-    found = refit_latent_scores(
-        case.layer, content, case.scoring, case.inputs, each=one_by_one, seed=1
-    )
+    reading = Reading(layer=case.layer, observed=content, scoring=case.scoring, inputs=case.inputs)
+    (found,) = refit_latent_scores([reading], case.inputs, each=one_by_one, seed=1)
     for name in ("q", "k_up", "q_bias", "k_rope", "k_rope_bias"):
         wanted = getattr(case.layer, name)
         if wanted is not None and wanted.numel():
