@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from convert.layer import AttentionLayer
+from convert.methods import fitting
 from convert.methods.attention import Scoring, keys, plane_order, values, with_head_order
 from convert.methods.fitting import (
     Observed,
@@ -22,6 +24,7 @@ from convert.methods.fitting import (
     second_moments,
 )
 from convert.methods.merge import merge_heads
+from convert.methods.refit_outcome import ValueReader, refit_values
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, causal, randn, random_layer
 
@@ -61,6 +64,18 @@ def _unit(count: int, shape: Shape = SHAPE) -> tuple[list[Observed], list[Attent
     scoring = causal(T, 2, window=5)
     seen = [_observed(layer, scoring, randn(N, T, E, seed=9 + i)) for i, layer in enumerate(layers)]
     return seen, [_ready(layer) for layer in merge_heads(layers, groups)[0]]
+
+
+def _log_weights(layer: AttentionLayer, scoring: Scoring, inputs: Tensor, key: Tensor) -> Tensor:
+    """[N, H, T, T] in whatever order the layer has its heads."""
+    query = linear(inputs, layer.q.flatten(0, 1), layer.q_bias.flatten())
+    query = query.unflatten(-1, layer.q.shape[:2]).transpose(1, 2)
+    turning = torch.view_as_complex(query[..., :4].unflatten(-1, (2, 2)).contiguous())
+    turned = torch.view_as_real(turning * scoring.turn).flatten(-2)
+    query = torch.cat([turned, query[..., 4:]], -1)
+    read = key.repeat_interleave(8 // key.shape[1], 1)
+    scores = scoring.scale * query @ read.mT
+    return scores.masked_fill(~scoring.visible, -1e9).log_softmax(-1)
 
 
 @pytest.mark.parametrize("biases", [("q", "v", "o"), ("k",)], ids=["biases", "no biases"])
@@ -121,6 +136,28 @@ def test_outcomes_that_are_right_already_stay(count: int) -> None:
             assert getattr(after, name) is getattr(before, name)
 
 
+def test_values_are_fitted_for_what_each_layer_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer has attention weights of its own, from its inputs and the producer's keys."""
+    seen, merged = _unit(2)
+    scoring, inputs = seen[0].scoring, seen[0].inputs
+    shared = (keys(merged[0], scoring, inputs), values(merged[0], scoring, inputs))
+    asked: list[Sequence[ValueReader]] = []
+
+    def recorded(readers: Sequence[ValueReader], *arguments: Any, **options: Any) -> Tensor:
+        asked.append(readers)
+        return refit_values(readers, *arguments, **options)
+
+    monkeypatch.setattr(fitting, "refit_values", recorded)
+    target = seen[0].outputs
+    refit_outcome(0, seen, merged, inputs=inputs, shared=shared, target=target, seed=1)
+    assert len(asked) == 4  # two KV heads, twice
+    for place, readers in enumerate(asked):
+        assert len(readers) == 2
+        for reader, layer, item in zip(readers, merged, seen, strict=True):
+            whole = _log_weights(layer, scoring, item.inputs, shared[0]).exp()
+            assert_close(reader.weights, whole[:, 4 * (place % 2) :][:, :4], atol=1e-12)
+
+
 def test_moments_are_means_of_products() -> None:
     inputs = [randn(N, T, E, seed=seed).float() for seed in range(3)]
     rows = [augmented(part.double()).flatten(0, 1) for part in inputs]
@@ -139,18 +176,8 @@ def test_divergence_is_that_of_torch() -> None:
     shared = (keys(merged, seen.scoring, inputs), values(merged, seen.scoring, inputs))
     found = row_divergence(seen, merged, seen.scoring, inputs, shared)
 
-    def log_weights(layer: AttentionLayer, given: Tensor) -> Tensor:
-        """[N, H, T, T] in whatever order the layer has its heads."""
-        read = keys(layer, seen.scoring, given)
-        query = linear(given, layer.q.flatten(0, 1), layer.q_bias.flatten())
-        query = query.unflatten(-1, layer.q.shape[:2]).transpose(1, 2)
-        turning = torch.view_as_complex(query[..., :4].unflatten(-1, (2, 2)).contiguous())
-        turned = torch.view_as_real(turning * seen.scoring.turn).flatten(-2)
-        query = torch.cat([turned, query[..., 4:]], -1)
-        read = read.repeat_interleave(8 // layer.geometry.kv_heads, 1)
-        scores = seen.scoring.scale * query @ read.mT
-        return scores.masked_fill(~seen.scoring.visible, -1e9).log_softmax(-1)
-
-    truth = log_weights(seen.layer, seen.inputs)[:, list(ORDER)]
-    expected = kl_div(log_weights(merged, inputs), truth, log_target=True, reduction="sum")
+    key = keys(seen.layer, seen.scoring, seen.inputs)
+    truth = _log_weights(seen.layer, seen.scoring, seen.inputs, key)[:, list(ORDER)]
+    given = _log_weights(merged, seen.scoring, inputs, shared[0])
+    expected = kl_div(given, truth, log_target=True, reduction="sum")
     assert found == pytest.approx(float(expected) / (N * 8 * T), rel=1e-9)
