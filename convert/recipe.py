@@ -22,6 +22,7 @@ __all__ = [
     "place",
 ]
 
+
 def _checked_size(text: str) -> str:
     parse_size(text)
     return text
