@@ -94,11 +94,23 @@ def _latent_decode(sizes: Sizes, features: Mapping[str, Any]) -> None:
         decode.latent_attention(query, query_rope, latent, key_rope, span, scale=1.0, **features)
 
 
-Launch = Callable[[Sizes, Mapping[str, Any]], None]
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How an op is made to take a row of its table.
+
+    Args:
+        call: Calls it.
+        kernels: Names of the kernels that the row is for, and of what belongs to them.
+    """
+
+    call: Callable[[Sizes, Mapping[str, Any]], None]
+    kernels: tuple[str, ...]
+
+
 LAUNCHES: Mapping[str, Launch] = {
-    "flash_forward": partial(_flash, backward=False),
-    "flash_backward_queries": partial(_flash, backward=True),
-    "flash_backward_keys": partial(_flash, backward=True),
-    "decode": _decode,
-    "latent_decode": _latent_decode,
+    "flash_forward": Launch(partial(_flash, backward=False), ("flash_forward",)),
+    "flash_backward_queries": Launch(partial(_flash, backward=True), ("flash_backward_queries",)),
+    "flash_backward_keys": Launch(partial(_flash, backward=True), ("flash_backward_keys",)),
+    "decode": Launch(_decode, ("split_kernel", "merge_kernel")),
+    "latent_decode": Launch(_latent_decode, ("split_kernel", "merge_kernel")),
 }

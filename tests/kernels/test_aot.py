@@ -42,15 +42,13 @@ def problems(name: str, config: Config, row: Mapping[str, Any]) -> Iterator[str]
         allowed, _ = SPILLS.get(kernel, (0, ""))
         if found["stack"] > allowed:
             yield f"{who}: {found['stack']} bytes are spilled"
-    own, *others = MATRIX[config.arch]
-    fast = (
-        config.dtype_bytes == 2 and config.block_m >= WARP_GROUP_ROWS and name.startswith("flash")
-    )
-    promised = (own,) if fast else (own, *others)
     instructions = {key for found in row.values() for key in found["instructions"]}
-    if not instructions & set(promised):
-        yield f"{name}: none of {promised} is in it"
-    if config.num_stages > 1 and config.arch < 100 and "cp.async" not in instructions:
+    own, *others = MATRIX[config.arch]
+    large = config.block_m >= WARP_GROUP_ROWS and config.num_warps >= 4
+    promised = {own} if large else {own, *others}
+    if config.dtype_bytes == 2 and not instructions & promised:
+        yield f"{name}: none of {sorted(promised)} is in it"
+    if config.num_stages > 1 and "cp.async" not in instructions:
         yield f"{name}: {config.num_stages} stages are asked for, and nothing is read ahead"
 
 
