@@ -34,6 +34,7 @@ class Spill:
 
     Args:
         op: Of the table.
+        archs: Architectures.
         dtype_bytes: Of their operands.
         dim: Least width of queries and keys, with a rotary part that is apart.
         most: Bytes of a thread.
@@ -41,13 +42,29 @@ class Spill:
     """
 
     op: str
+    archs: tuple[int, ...]
     dtype_bytes: int
     dim: int
     most: int
     reason: str
 
 
-SPILLS: tuple[Spill, ...] = ()
+_ALL = tuple(ARCHITECTURES)
+_AMPERE = (80, 86)
+_FLOAT32 = "float32 is for comparison, not for speed, and smaller blocks there are none"
+_FEW = "two to four registers of a thread; nothing says yet that blocks without them are faster"
+
+SPILLS = (
+    Spill("flash_forward", _ALL, 4, 192, 256, _FLOAT32),
+    Spill("flash_backward_queries", _ALL, 4, 64, 48, _FLOAT32),
+    Spill("flash_backward_queries", _ALL, 4, 256, 664, _FLOAT32),
+    Spill("flash_backward_keys", _ALL, 4, 192, 56, _FLOAT32),
+    Spill("flash_backward_keys", _ALL, 4, 256, 824, _FLOAT32),
+    Spill("flash_forward", _AMPERE, 2, 64, 16, _FEW),
+    Spill("flash_backward_queries", _AMPERE, 2, 256, 8, _FEW),
+    Spill("decode", _AMPERE, 2, 64, 8, _FEW),
+    Spill("latent_decode", _AMPERE, 2, 320, 8, _FEW),
+)
 
 
 def allowed(op: str, config: Config) -> int:
@@ -57,6 +74,7 @@ def allowed(op: str, config: Config) -> int:
             spill.most
             for spill in SPILLS
             if (spill.op, spill.dtype_bytes) == (op, config.dtype_bytes)
+            and config.arch in spill.archs
             and spill.dim <= config.dim + config.rope_dim
         ),
         default=0,
