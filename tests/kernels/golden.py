@@ -115,8 +115,14 @@ def main() -> None:
         rows = {
             name: row for found in pool.map(compiled, ARCHITECTURES) for name, row in found.items()
         }
-    content = {"triton": triton.__version__, "sources": sources(), "rows": rows}
-    FILE.write_text(json.dumps(content, indent=1) + "\n")
+    FILE.write_text(written(rows))
+
+
+def written(rows: Mapping[str, Any]) -> str:
+    """The file, a line for each row, so that a difference shows what changed."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    head = f'"triton": {json.dumps(triton.__version__)},\n"sources": "{sources()}"'
+    return f'{{\n{head},\n"rows": {{\n{lines}\n}}\n}}\n'
 
 
 if __name__ == "__main__":
