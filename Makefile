@@ -9,7 +9,7 @@ WORKERS ?= 2
 ON_OLDEST := $(addprefix tests/,$(addprefix families/test_,unpack.py ladder.py runtime.py cla.py) \
 	kvpatch real test_decoder.py test_verify.py test_evaluate.py)
 
-.PHONY: demo test test-oldest lint benchmark clean
+.PHONY: demo test test-oldest lint kernels benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvpatch demo
@@ -24,6 +24,10 @@ lint: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) $(ON_OLDEST)
+
+# compiles all kernels for all architectures without a GPU, which takes minutes, and keeps what came
+kernels: $(VENV)/.installed
+	$(BIN)/python -m tests.kernels.golden
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.convert --dir $(or $(DIR),/tmp) --sizes 2 4

@@ -21,7 +21,7 @@ from convert.targets.target import layer_and_rest
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
 from kvpatch.memory import KVCache, latent_cache
 
-__all__ = ["PROBE", "Check", "cache_bytes", "verify_checkpoint"]
+__all__ = ["PROBE", "Check", "cache_bytes", "planned_cache", "verify_checkpoint"]
 
 PROBE = (
     "The quick brown fox — naïve café, 北京 42 — jumps over 3.14 lazy dogs.\n\tif x == 0: return\n"
@@ -252,7 +252,7 @@ class _Runner:
         if self._cache is None:
             raise _SkippedError("the model did not run")
         with Checkpoint(self._folder) as checkpoint:
-            cache = _planned_cache(checkpoint.config)
+            cache = planned_cache(checkpoint.config)
         tokens = self._ids().shape[1]
         if any(layer.window is not None and layer.window <= tokens for layer in cache.layers):
             raise _SkippedError("windows are shorter than the probe")
@@ -285,8 +285,12 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors())
 
 
-def _planned_cache(config: Mapping[str, Any]) -> KVCache:
-    """The cache that a config.json describes."""
+def planned_cache(config: Mapping[str, Any]) -> KVCache:
+    """The cache that a config.json describes.
+
+    Raises:
+        InputModelError: If kvpatch does not know such models.
+    """
     if not has_latents(config):
         return read_facts(config).cache()
     planes = config.get("kv_rope_planes")

@@ -13,7 +13,14 @@ from convert.pipeline import Prepared
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
-__all__ = ["cache_data", "plan_data", "print_cache", "print_evaluation", "print_plan"]
+__all__ = [
+    "cache_data",
+    "plan_data",
+    "print_bench",
+    "print_cache",
+    "print_evaluation",
+    "print_plan",
+]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -204,6 +211,35 @@ def _groups(sources: Sequence[int]) -> str:
 
 def _shape(shape: list[int]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def print_bench(data: Mapping[str, Any], console: Console) -> None:
+    """Speeds and sizes for people; ratios are to the first run."""
+    first = data["runs"][0]
+
+    def rate(run: Mapping[str, Any], key: str) -> str:
+        return f"{run[key]:,.1f} ({run[key] / first[key]:.2f}x)"
+
+    console.line(
+        f"{data['batch']} x {data['prompt']:,} tokens of prompt, {data['new']:,} new; "
+        f"{data['dtype']} on {data['device']}"
+    )
+    rows = [
+        (
+            run["model"],
+            run["attention"],
+            rate(run, "prefill_tokens_per_second"),
+            rate(run, "decode_tokens_per_second"),
+            format_bytes(run["cache_bytes"]),
+            "" if run["peak_bytes"] is None else format_bytes(run["peak_bytes"]),
+        )
+        for run in data["runs"]
+    ]
+    columns = ["model", "attention", "prefill tok/s", "decode tok/s", "KV cache", "peak"]
+    console.table("", columns, rows, numeric=2)
+    for run in data["runs"]:
+        if run["detail"] is not None:
+            console.line(f"{run['model']}: {run['detail'].splitlines()[0]}")
 
 
 def print_evaluation(data: Mapping[str, Any], console: Console) -> None:

@@ -29,11 +29,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["latent_energy", "lost_energy", "pareto", "render", "similarity"]
+__all__ = [
+    "COLOURS",
+    "figure_of",
+    "latent_energy",
+    "lost_energy",
+    "pareto",
+    "render",
+    "short",
+    "similarity",
+]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_PREDICTED, _MEASURED = _COLOURS[:2]
+_PREDICTED, _MEASURED = COLOURS[:2]
 # title, value of a layer, its unit and how many of those make 1, colour; drawn where it is known
 _Line = tuple[str, str, str, float, str]
 _KL_LINE: _Line = ("measured:\nattention KL", "attention_kl", "nats", 1, _MEASURED)
@@ -95,7 +104,8 @@ def _our_settings() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def figure_of(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -118,7 +128,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
     longest = max(len(_look(row, models)["label"]) for row in rows)
     width = 4.6 * columns + 0.085 * longest + 0.6
     height = max(4.2 * lines, 0.23 * len(models) + 1.4)
-    figure = _figure(width, height, "KV cache against distance from the source")
+    figure = figure_of(width, height, "KV cache against distance from the source")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel, (setting, measured) in zip(panels, settings.items(), strict=False):
         _pareto_panel(panel, measured, models)
@@ -132,7 +142,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
 
 def _setting(row: Row) -> str:
     return (
-        f"{_short(row['text'])}\n{row['windows']} windows of {row['context']} tokens, "
+        f"{short(row['text'])}\n{row['windows']} windows of {row['context']} tokens, "
         f"stride {row['stride']}, {row['dtype']}"
     )
 
@@ -175,12 +185,12 @@ def _pareto_panel(panel: Axes, rows: Sequence[Row], models: Sequence[str]) -> No
 
 def _look(row: Row, models: Sequence[str]) -> dict[str, Any]:
     if row["role"] == "source":
-        label = f"{_short(row['model'])} (source)"
+        label = f"{short(row['model'])} (source)"
         return {"label": label, "color": "black", "marker": "*", "markersize": 12}
     index = models.index(row["model"])
     return {
-        "label": _short(row["model"]),
-        "color": _COLOURS[index % len(_COLOURS)],
+        "label": short(row["model"]),
+        "color": COLOURS[index % len(COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 7,
     }
@@ -213,10 +223,10 @@ def lost_energy(conversion: MergedConversion) -> Figure:
     heads = len(layers[0].lost_heads_k)
     width = min(6.0, max(2.4, 0.34 * heads))
     title = (
-        f"{_short(conversion.name)} ({conversion.recipe.method}, merge "
+        f"{short(conversion.name)} ({conversion.recipe.method}, merge "
         f"{conversion.recipe.merge}): energy that merging lost"
     )
-    figure = _figure(2 * width + 1.45 * len(lines) + 0.6, _height(len(layers)), title)
+    figure = figure_of(2 * width + 1.45 * len(lines) + 0.6, _height(len(layers)), title)
     ratios = [width, width] + [1.2] * len(lines)
     panels = figure.subplots(1, len(ratios), sharey=True, gridspec_kw={"width_ratios": ratios})
     for panel, (part, shares) in zip(panels, maps, strict=False):
@@ -234,8 +244,8 @@ def latent_energy(conversion: LatentConversion) -> Figure:
     """What each layer lost of its rotation and in its latent, beside what was measured of it."""
     layers = conversion.layers
     lines = _known(_LATENT_LINES, layers[0])
-    title = f"{_short(conversion.name)} (mla, {_sizes(layers)}):\nenergy that was lost"
-    figure = _figure(1.75 * len(lines) + 1.2, _height(len(layers)), title)
+    title = f"{short(conversion.name)} (mla, {_sizes(layers)}):\nenergy that was lost"
+    figure = figure_of(1.75 * len(lines) + 1.2, _height(len(layers)), title)
     panels = figure.subplots(1, len(lines), sharey=True)
     _layer_axis(panels[0], conversion)
     panels[0].set_ylim(len(layers) - 0.5, -0.5)
@@ -330,8 +340,8 @@ def similarity(conversion: Conversion) -> Figure:
     assert shares is not None
     count = len(shares)
     side = min(11.0, max(3.6, 0.42 * count + 1.2))
-    title = f"{_short(conversion.name)}:\nsimilarity of the source's attention inputs"
-    figure = _figure(side + 1.4, side + 0.8, title)
+    title = f"{short(conversion.name)}:\nsimilarity of the source's attention inputs"
+    figure = figure_of(side + 1.4, side + 0.8, title)
     panel = figure.subplots()
     image = panel.imshow(shares, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
     _numbers(panel, shares, dark_below=0.5)
@@ -350,7 +360,7 @@ def similarity(conversion: Conversion) -> Figure:
     return figure
 
 
-def _short(name: str, most: int = 36) -> str:
+def short(name: str, most: int = 36) -> str:
     """A name that fits into a legend or title: of a long one both ends, which differ most.
 
     Characters that the font has no glyph for are spelled out. A font of the machine might have

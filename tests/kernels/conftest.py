@@ -12,7 +12,8 @@ from tests.kernels.interpreter import COMPILED, INSTALLED, import_kernels, inter
 # Triton is for Linux; what stands here needs it to be imported at all
 collect_ignore_glob = [] if INSTALLED else ["*.py"]
 if INSTALLED:
-    import_kernels()
+    with interpreting():
+        import_kernels()
 
 
 @pytest.fixture(autouse=True)

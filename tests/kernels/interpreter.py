@@ -12,6 +12,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -54,10 +55,8 @@ def import_triton() -> None:
         corrections.install()
 
 
-def import_kernels() -> None:
+def import_kernels() -> list[ModuleType]:
     """Import every file of kernels, so that no other test is the first to do so."""
-    with interpreting():
-        for module in pkgutil.iter_modules(
-            kvpatch.kernels.__path__, f"{kvpatch.kernels.__name__}."
-        ):
-            importlib.import_module(module.name)
+    package = kvpatch.kernels
+    found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(module.name) for module in found]
