@@ -11,7 +11,16 @@ from convert.commands.boundary import app
 from convert.console import Console
 from kvpatch import __version__
 
-__all__ = ["app", "benchmarking", "checking", "conversion", "main", "publishing", "reporting", "training"]
+__all__ = [
+    "app",
+    "benchmarking",
+    "checking",
+    "conversion",
+    "main",
+    "publishing",
+    "reporting",
+    "training",
+]
 
 
 def _version(show: bool) -> None:

@@ -66,7 +66,7 @@ class Distillation(nn.Module):
         layers = bool(weights.hidden_mse)
         ours = self._hidden(self.student, batch, layers)
         teacher, theirs = self._teacher[0], None
-        if teacher is not None:
+        if teacher is not None and (weights.kl or layers):
             with torch.no_grad():
                 theirs = self._hidden(teacher, batch, layers)
         kl, ce = token_losses(
@@ -74,7 +74,7 @@ class Distillation(nn.Module):
             head_of(self.student),
             targets[rows],
             theirs[-1][rows] if theirs is not None else None,
-            head_of(teacher) if teacher is not None else None,
+            head_of(teacher) if theirs is not None else None,
         )
         errors = torch.zeros_like(ce)
         if layers and theirs is not None:

@@ -249,7 +249,7 @@ def test_a_recipe_is_run(place: Place, tmp_path: Path) -> None:
 
 
 _WRONG: dict[str, tuple[str, tuple[str, ...], int, str]] = {
-    "native latents": ("native-mla", (), 3, "Convert with --target kvpatch"),
+    "native latents": ("native-mla", (), 3, "Run kvpatch export with --target kvpatch"),
     "tokens": ("gqa", ("--tokens", "many"), 2, "tokens: not a number of tokens"),
     "no loss": ("gqa", ("--kl", "0"), 2, "kl and ce are both 0"),
     "target without text": ("gqa", ("--kl-target", "1"), 2, "kl_target needs eval_text"),
