@@ -25,10 +25,9 @@ from benchmarks.environment import RESULTS, environment, write_result
 MODEL = "classics-mha-6m"
 TOKENS = 300_000
 CONTEXT, BATCH = 256, 8
-SAMPLES, HELD = 96, 48
+SAMPLES, HELD = 96, 32
 POINTS = 16
-SEARCH_TOKENS = 40_960
-_RATES = (3e-4, 6e-4, 1e-3, 2e-3)
+_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 _CALIBRATED: Mapping[str, Any] = {"samples": SAMPLES, "context": CONTEXT}
 _MQA: Mapping[str, Any] = {"method": "mqa"}
 _CLA: Mapping[str, Any] = {"method": "cla", "share": 2, "kv_heads": 4}
@@ -66,18 +65,18 @@ class Run:
 _SVD = {"merge": "svd", **_CALIBRATED}
 RUNS = (
     Run("MQA", "mean", 1e-3, {**_MQA, "merge": "mean"}),
-    Run("MQA", "calibrated", 1e-3, {**_MQA, **_SVD}),
-    Run("MQA", "calibrated, a quarter of the tokens", 1e-3, {**_MQA, **_SVD}, TOKENS // 4),
+    Run("MQA", "calibrated", 1e-4, {**_MQA, **_SVD}),
+    Run("MQA", "calibrated, a quarter of the tokens", 1e-4, {**_MQA, **_SVD}, TOKENS // 4),
     Run("MQA", "random keys and values", 1e-3, {**_MQA, "merge": "mean"}, random_kv=True),
     Run("CLA2 + GQA-4", "mean", 1e-3, {**_CLA, "merge": "mean"}),
-    Run("CLA2 + GQA-4", "calibrated", 1e-3, {**_CLA, **_SVD}),
-    Run("CLA2 + GQA-4", "calibrated, a quarter of the tokens", 1e-3, {**_CLA, **_SVD}, TOKENS // 4),
+    Run("CLA2 + GQA-4", "calibrated", 1e-4, {**_CLA, **_SVD}),
+    Run("CLA2 + GQA-4", "calibrated, a quarter of the tokens", 1e-4, {**_CLA, **_SVD}, TOKENS // 4),
     Run("MLA 12.5 %", "plain", 1e-3, dict(_MLA)),
-    Run("MLA 12.5 %", "calibrated", 1e-3, {**_MLA, **_CALIBRATED}),
+    Run("MLA 12.5 %", "calibrated", 1e-4, {**_MLA, **_CALIBRATED}),
     Run(
         "MLA 12.5 %",
         "calibrated, a quarter of the tokens",
-        1e-3,
+        1e-4,
         {**_MLA, **_CALIBRATED},
         TOKENS // 4,
     ),
@@ -122,12 +121,14 @@ def _conditions() -> dict[str, str]:
 def _search(runs: list[Run], arguments: argparse.Namespace) -> None:
     for run in runs:
         for lr in arguments.rates:
-            short = Run(run.what, run.start, lr, run.recipe, SEARCH_TOKENS, run.keys, run.random_kv)
-            sys.stdout.write(f"lr {lr:g}: {_line(_train(short, arguments))}\n")
+            short = Run(
+                run.what, run.start, lr, run.recipe, arguments.tokens, run.keys, run.random_kv
+            )
+            sys.stdout.write(f"lr {lr:g}: {_line(_train(short, arguments, points=2))}\n")
             sys.stdout.flush()
 
 
-def _train(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+def _train(run: Run, arguments: argparse.Namespace, points: int = POINTS) -> dict[str, Any]:
     import torch
 
     from convert.loading import load_model, load_tokenizer
@@ -145,8 +146,8 @@ def _train(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
             "eval_text": str(data / "text" / "classics_valid.txt"),
             "eval_samples": HELD,
             "tokens": run.tokens,
-            "eval_every": run.tokens // POINTS,
-            "checkpoint_every": run.tokens // POINTS,
+            "eval_every": run.tokens // points,
+            "checkpoint_every": run.tokens // points,
             "batch": BATCH,
             "context": CONTEXT,
             "lr": run.lr,
@@ -267,6 +268,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="Runs whose names hold one of these.")
     parser.add_argument("--search", action="store_true", help="Short runs at several rates.")
     parser.add_argument("--rates", type=float, nargs="+", default=_RATES, help="For the search.")
+    parser.add_argument("--tokens", type=int, default=40_960, help="Of a run of the search.")
     return parser.parse_args()
 
 
