@@ -161,6 +161,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
+        trainings=manifest.get("trainings", []),
         pooled=not latent and recipe["merge"] != "svd",
         architecture=architecture,
         ours=ours,

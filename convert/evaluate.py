@@ -16,7 +16,7 @@ from torch import Tensor
 from convert.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
-__all__ = ["Against", "Evaluation", "evaluate_checkpoint", "windows_of"]
+__all__ = ["Against", "Evaluation", "check_same_tokens", "evaluate_checkpoint", "windows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
     with quiet_transformers():
         tokenizer = load_tokenizer(folder)
         if against is not None:
-            _check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
+            check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
         model = load_model(folder, dtype=dtype, device=device)
         source = load_model(against, dtype=dtype, device=device) if against is not None else None
         limit = getattr(model.config, "max_position_embeddings", None) or 2048
@@ -221,6 +221,11 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"cannot read the text {path}: {error}") from error
 
 
-def _check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
+def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
+    """Refuse two checkpoints that number their tokens differently.
+
+    Raises:
+        InputModelError: If they do.
+    """
     if ours.get_vocab() != theirs.get_vocab():
         raise InputModelError(f"{folder} and {against} have different vocabularies")

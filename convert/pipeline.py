@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from convert.calibrate import Calibration
@@ -37,11 +34,12 @@ from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
 from convert.scheme import Scheme, latent_scheme, method_of, scheme_of, settled
 from convert.sharing import parse_layers, uniform_plan
+from convert.signals import sigterm_unwinds
 from convert.steps import Step
 from convert.streams import Converting
 from convert.targets.native import config_json, index_json, with_dtype
 from convert.texts import Windows, few_tokens, windows_from
-from kvpatch.errors import KvpatchError, Terminated, UsageError, VerificationError
+from kvpatch.errors import KvpatchError, UsageError, VerificationError
 from kvpatch.models import source_files
 
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
@@ -220,7 +218,7 @@ def convert(
     if recipe.output is None:
         raise UsageError("no output folder is given")
     out = user_path(recipe.output)
-    with _sigterm_unwinds(), prepare(recipe, to_write=True, progress=progress) as prepared:
+    with sigterm_unwinds(), prepare(recipe, to_write=True, progress=progress) as prepared:
         plan = prepared.plan
         check_ram(plan.peak_ram, parse_size(recipe.max_ram) if recipe.max_ram else None)
         with Staging(
@@ -363,20 +361,3 @@ def _check_staged(plan: Plan, folder: Path) -> None:
             name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)
         )
         raise VerificationError(f"{folder}: written tensors differ from the plan: {wrong[:5]}")
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that locks are released and the journal stays whole."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "make_recipe",
     "place",
+    "validated",
 ]
 
 
@@ -307,6 +308,7 @@ class ExportRecipe(_Conversion):
 
 
 Recipe = GqaRecipe | MqaRecipe | ClaRecipe | MlaRecipe | ExportRecipe
+Model = TypeVar("Model", bound=BaseModel)
 _BY_METHOD: Mapping[str, type[Recipe]] = {
     "gqa": GqaRecipe,
     "mqa": MqaRecipe,
@@ -339,7 +341,28 @@ def make_recipe(
             f"{place(where, lines.get('method'))}: method must be one of "
             f"{', '.join(_BY_METHOD)}, found {method!r}"
         )
-    model = _BY_METHOD[method]
+    return validated(_BY_METHOD[method], values, where=where, lines=lines)
+
+
+def validated(
+    model: type[Model],
+    values: Mapping[str, Any],
+    *,
+    where: str = "command line",
+    lines: Mapping[str, int] | None = None,
+) -> Model:
+    """Check values against a model of recipes.
+
+    Args:
+        model: The recipe's class.
+        values: Recipe keys.
+        where: File they come from, for messages.
+        lines: Line of each key in that file.
+
+    Raises:
+        UsageError: Naming the line, the key, and the nearest valid name of a misspelt key.
+    """
+    lines = lines or {}
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -357,7 +380,7 @@ def place(where: str, line: int | None) -> str:
     return where if line is None else f"{where}:{line}"
 
 
-def _explain(error: Any, model: type[Recipe]) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     if not error["loc"]:  # several keys that do not go together
         return str(error["msg"]).removeprefix("Value error, ")
     key = str(error["loc"][0])

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from convert.recipe import Recipe, make_recipe, place
+from convert.recipe import Recipe, make_recipe, place, validated
+from convert.training.recipe import UptrainRecipe
 from kvpatch.errors import UsageError
 
 __all__ = ["MAX_RECIPE_BYTES", "load_recipe"]
@@ -17,7 +18,7 @@ __all__ = ["MAX_RECIPE_BYTES", "load_recipe"]
 MAX_RECIPE_BYTES = 1_000_000
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | UptrainRecipe:
     """Read a YAML recipe and apply ``key=value`` overrides.
 
     Raises:
@@ -41,9 +42,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             "revision",
             "calibration",
             "layers",
+            "teacher",
+            "data",
+            "eval_text",
         }  # paths and names are no YAML
         values[key] = value if plain else _read_scalar(value, f"--set {override}")
         lines[key] = 0
+    if values.get("method") == "uptrain":
+        return validated(UptrainRecipe, values, where=path.name, lines=lines)
     return make_recipe(values, where=path.name, lines=lines)
 
 

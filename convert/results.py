@@ -66,7 +66,8 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     Raises:
         InputModelError: If the folder was not made by kvpatch.
         OutputError: If its card was edited.
-        UsageError: If the checkpoint was calibrated on this very text, which flatters it.
+        UsageError: If the checkpoint was calibrated or trained on this very text, which flatters
+            it.
     """
     manifest = check_saveable(folder)
     calibration = manifest["calibration"]
@@ -74,6 +75,13 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{evaluation['text']} is the text that {folder} was calibrated on; a measurement on "
             "it says too little and is not saved",
+            hint="Measure on another text, or without --save.",
+        )
+    trained = {training["data"]["sha256"] for training in manifest.get("trainings", [])}
+    if evaluation["text_sha256"] in trained:
+        raise UsageError(
+            f"{evaluation['text']} is a text that {folder} was trained on; a measurement on it "
+            "says too little and is not saved",
             hint="Measure on another text, or without --save.",
         )
     kept = [old for old in manifest["evaluations"] if _identity(old) != _identity(evaluation)]

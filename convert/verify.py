@@ -164,6 +164,8 @@ def _untouched(folder: Path, source: Path) -> str:
                 for layer in range(facts.layers)
                 for name in tensor_names(facts.family, facts.geometry, layer, parts)
             }
+        if read_manifest(folder).get("trainings"):
+            raise _SkippedError("the model was trained afterwards")
         if read_manifest(folder)["recipe"].get("dtype"):
             raise _SkippedError("all weights were cast")
         copied = _copied(facts, new.config)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "settle"]
 
 
 class Scratch:
@@ -51,3 +51,19 @@ class Scratch:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
+
+
+def settle(partial: Path, final: Path) -> None:
+    """Make a folder that was written durable, then give it its name, in one step.
+
+    Args:
+        partial: The folder; others may have written its files.
+        final: Its name from then on; must not exist.
+    """
+    for path in (*filter(Path.is_file, partial.rglob("*")), partial):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    partial.rename(final)

@@ -18,6 +18,7 @@ __all__ = ["app", "command"]
 _KEPT = "Finished shards are kept; run the same command again to continue."
 _AFTER_INTERRUPT = {
     **dict.fromkeys(("gqa", "mqa", "cla", "mla", "export", "run"), _KEPT),
+    "uptrain": "The last checkpoint is kept; run the same command again to continue.",
     "push": "What was uploaded is kept and not published; run the same command again to continue.",
 }
 

@@ -36,6 +36,7 @@ from convert.commands.flags import (
     TargetClass,
     Verbose,
 )
+from convert.commands.training import run_uptraining
 from convert.console import Console
 
 if TYPE_CHECKING:
@@ -273,16 +274,21 @@ def run(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run the conversion that a recipe describes.
+    """Run the conversion or the uptraining that a recipe describes.
 
     \b
     Example:
         kvpatch run recipes/llama-2-7b-gqa8.yaml --set source=./llama-2-7b
     """
     from convert.recipe_file import load_recipe  # noqa: PLC0415
+    from convert.training.recipe import UptrainRecipe  # noqa: PLC0415
 
     loaded = load_recipe(recipe, set_ or ())
-    _convert(loaded, dry_run, Console(json=json, quiet=quiet, verbose=verbose))
+    console = Console(json=json, quiet=quiet, verbose=verbose)
+    if isinstance(loaded, UptrainRecipe):
+        run_uptraining(loaded, dry_run, console)
+    else:
+        _convert(loaded, dry_run, console)
 
 
 def _recipe(method: str, options: dict[str, Any]) -> Recipe:

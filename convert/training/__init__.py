@@ -1,0 +1,1 @@
+"""Uptraining: what a conversion lost is learnt back from the source."""

@@ -1,0 +1,95 @@
+"""The trained model as a normal folder: what its start was, with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.card import render_card
+from convert.checkpoint.manifest import encode_manifest
+from convert.checkpoint.paths import guarded_path
+from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.safetensors_header import tensor_bytes
+from convert.checkpoint.staging import MANIFEST, Staging
+from convert.checkpoint.writer import FileRecord, ShardWriter, copy_file, write_file
+from convert.reporting.plots import render
+from convert.reporting.training import training_curve
+from kvpatch.errors import VerificationError
+
+__all__ = ["CURVE", "stored_names", "write_result"]
+
+CURVE = "training.png"
+_CARD = "README.md"
+
+
+def stored_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that they have on the disk, which differ for some classes.
+
+    Args:
+        model: Of transformers, as it was loaded.
+        state: Its weights by their names in memory.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
+
+    return dict(revert_weight_conversion(model, dict(state)))
+
+
+def write_result(
+    staging: Staging,
+    start: Checkpoint,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    progress: Callable[[int], None],
+) -> None:
+    """Write the trained weights in the files, order and dtypes of the start, and all else.
+
+    Args:
+        staging: Where the files go; shards that it has are not written again.
+        start: The model that was trained, as it was.
+        manifest: Of the result, but for the hashes of its files.
+        weights: By their names on the disk; what is not there is copied from the start.
+        progress: Called with the number of bytes of each tensor.
+
+    Raises:
+        VerificationError: If a weight has another shape than at the start, or is not finite.
+    """
+    for file in start.files:
+        if file not in staging.finished:
+            staging.record(file, _write_shard(staging, start, file, weights, progress), [])
+    files = {file: record for file, (record, _) in staging.finished.items()}
+    made = {*files, MANIFEST, _CARD, CURVE}
+    for name in sorted(set(manifest["files"]) - made):
+        files[name] = copy_file(guarded_path(start.root, name), staging.path / name)
+    content = {key: value for key, value in manifest.items() if key not in {"files", "versions"}}
+    picture = render(lambda: training_curve(content["trainings"][-1]))["png"]
+    files[CURVE] = write_file(staging.path / CURVE, picture)
+    files[_CARD] = write_file(staging.path / _CARD, render_card(content))
+    write_file(staging.path / MANIFEST, encode_manifest(content, files))
+
+
+def _write_shard(
+    staging: Staging,
+    start: Checkpoint,
+    file: str,
+    weights: Mapping[str, Tensor],
+    progress: Callable[[int], None],
+) -> FileRecord:
+    tensors = [info for info in start.tensors.values() if info.file == file]
+    tensors.sort(key=lambda info: info.start)
+    header = [(info.name, info.dtype, info.shape) for info in tensors]
+    with ShardWriter(staging.path / file, header) as writer:
+        for info in tensors:
+            weight = weights[info.name] if info.name in weights else start.read(info.name)
+            if tuple(weight.shape) != info.shape:
+                raise VerificationError(
+                    f"{info.name!r} is {tuple(weight.shape)} after training, expected {info.shape}"
+                )
+            stored = weight.detach().to("cpu", info.dtype)
+            if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+                raise VerificationError(f"{info.name!r} is not finite in {info.dtype}")
+            writer.write(tensor_bytes(stored))
+            progress(info.nbytes)
+        return writer.finish()

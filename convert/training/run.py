@@ -1,0 +1,324 @@
+"""The one road of an uptraining run: source -> models -> training -> folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.checkpoint.manifest import read_manifest, tool_versions
+from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.staging import Staging, check_output
+from convert.evaluate import check_same_tokens
+from convert.hub import Source, fetch_source, user_path
+from convert.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from convert.resources import check_disk, check_ram
+from convert.signals import sigterm_unwinds
+from convert.training.groups import adapted_modules
+from convert.training.loop import Note, Outcome, Progress, Training, make_accelerator
+from convert.training.publish import stored_names, write_result
+from convert.training.recipe import UptrainRecipe
+from convert.training.student import check_head
+from kvpatch.errors import InputModelError, UsageError
+
+__all__ = ["Prepared", "prepare", "uptrain"]
+
+# bytes of a parameter in training: weight, gradient and two moments in float32
+_STATE_BYTES = 16
+_OVERHEAD = 1_000_000_000
+# keys that do not change what comes out, and names of what is known by its hash
+_NOT_IDENTITY = {
+    "source",
+    "output",
+    "teacher",
+    "data",
+    "eval_text",
+    "overwrite",
+    "resume",
+    "device",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that was planned but not begun.
+
+    Args:
+        recipe: With every choice made that does not depend on the machine.
+        source: The model that is trained.
+        teacher: What it learns from, if anything.
+        checkpoint: The open source.
+        manifest: Its kvpatch.json.
+        parameters: Of the model.
+        run_id: Hash of everything that the result depends on.
+    """
+
+    recipe: UptrainRecipe
+    source: Source
+    teacher: Source | None
+    checkpoint: Checkpoint
+    manifest: dict[str, Any]
+    parameters: int
+    run_id: str
+
+    @property
+    def steps(self) -> int:
+        """Of the optimiser, on one device."""
+        recipe = self.recipe
+        return -(
+            -recipe.tokens // (recipe.batch * recipe.grad_accumulation * (recipe.context or 1))
+        )
+
+    @property
+    def peak_ram(self) -> int:
+        """Bytes of weights, gradients and optimiser, of the teacher, and of what runs them."""
+        teacher = 4 * self.parameters if self.teacher is not None else 0
+        return _STATE_BYTES * self.parameters + teacher + _OVERHEAD
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: weights and two moments."""
+        return 12 * self.parameters
+
+
+@contextmanager
+def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepared]:
+    """Open what a recipe names and plan its run, from headers alone.
+
+    Args:
+        recipe: What to train, on what and where to.
+        to_write: The run follows: check its output first.
+
+    Raises:
+        KvpatchError: For everything that is wrong with recipe, source or teacher.
+    """
+    source = fetch_source(recipe.source)
+    if to_write and recipe.output is not None:
+        check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+    check_device("cuda" if recipe.device == "cuda" else "cpu")
+    manifest = read_manifest(source.path)
+    with Checkpoint(source.path) as checkpoint:
+        _check_trainable(manifest, checkpoint.config)
+        teacher = _teacher(recipe, manifest)
+        limit = checkpoint.config.get("max_position_embeddings") or 2048
+        chosen = {"context": min(512, limit) if recipe.context is None else recipe.context}
+        paths = {
+            key: value if value is None or value.startswith("hub:") else str(user_path(value))
+            for key, value in (("data", recipe.data), ("eval_text", recipe.eval_text))
+        }
+        recipe = recipe.model_copy(update=chosen | paths)
+        identity = {
+            "recipe": recipe.model_dump(exclude=_NOT_IDENTITY),
+            "source": manifest["files"],
+            "teacher": None if teacher is None else _weight_sizes(teacher.path),
+            "texts": [_text_hash(path) for path in (recipe.data, recipe.eval_text)],
+        }
+        yield Prepared(
+            recipe=recipe,
+            source=source,
+            teacher=teacher,
+            checkpoint=checkpoint,
+            manifest=manifest,
+            parameters=sum(
+                info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values()
+            ),
+            run_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        )
+
+
+def uptrain(
+    recipe: UptrainRecipe,
+    *,
+    progress: Progress | None = None,
+    note: Note | None = None,
+) -> Path | None:
+    """Train a converted model; afterwards the output is complete, or as it was before.
+
+    Args:
+        recipe: What to train, on what and where to.
+        progress: Called with what is being done, how much of it just was, and how much it is.
+        note: Called with messages.
+
+    Returns:
+        The output folder; None in all processes but the first.
+
+    Raises:
+        KvpatchError: For everything that a user can cause or mend.
+        KeyboardInterrupt: On SIGINT, and ``Terminated`` on SIGTERM; checkpoints are kept.
+    """
+    if recipe.output is None:
+        raise UsageError("no output folder is given")
+    out = user_path(recipe.output)
+    with (
+        sigterm_unwinds(),
+        make_accelerator(recipe) as accelerator,
+        prepare(recipe, to_write=accelerator.is_main_process) as prepared,
+    ):
+        staging = Staging(out, prepared.run_id, resume=recipe.resume, overwrite=recipe.overwrite)
+        if not accelerator.is_main_process:
+            accelerator.wait_for_everyone()  # the first process has the lock, and cleaned up
+            _train(prepared, accelerator, staging.scratch, None, None)
+            return None
+        if accelerator.device.type == "cpu":
+            check_ram(prepared.peak_ram, None)
+        check_disk(2 * prepared.checkpoint_bytes, out.absolute().parent)
+        with staging:
+            staging.scratch.mkdir(exist_ok=True)
+            accelerator.wait_for_everyone()
+            outcome, weights = _train(prepared, accelerator, staging.scratch, progress, note)
+            total = sum(info.nbytes for info in prepared.checkpoint.tensors.values())
+            write_result(
+                staging,
+                prepared.checkpoint,
+                _manifest(prepared, outcome, accelerator),
+                weights,
+                lambda n: progress("writing", n, total) if progress else None,
+            )
+            staging.publish()
+    return out
+
+
+def _train(
+    prepared: Prepared,
+    accelerator: Any,
+    folder: Path,
+    progress: Progress | None,
+    note: Note | None,
+) -> tuple[Outcome, Mapping[str, torch.Tensor]]:
+    """Train, and give the weights by their names on the disk."""
+    recipe = prepared.recipe
+    sharded = str(accelerator.distributed_type) not in {
+        f"DistributedType.{kind}" for kind in ("NO", "MULTI_CPU", "MULTI_GPU")
+    }
+    if recipe.lora is not None and sharded:
+        raise UsageError(
+            f"--lora with {accelerator.distributed_type} is not supported: adapters are merged "
+            "into whole weights",
+            hint="Train adapters on one device or with DDP, or train all weights.",
+        )
+    with quiet_transformers():
+        tokenizer = load_tokenizer(prepared.source.path)
+        student = load_model(prepared.source.path, dtype=torch.float32)
+        check_head(student)
+        teacher = None
+        if prepared.teacher is not None:
+            check_same_tokens(
+                tokenizer,
+                load_tokenizer(prepared.teacher.path),
+                prepared.source.path,
+                prepared.teacher.path,
+            )
+            narrow = accelerator.mixed_precision == "bf16"
+            dtype = torch.bfloat16 if narrow else torch.float32
+            teacher = load_model(prepared.teacher.path, dtype=dtype)
+            check_head(teacher)
+    adapted = _adapted(student, recipe)
+    training = Training(
+        recipe,
+        accelerator,
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        folder=folder,
+        progress=progress,
+        note=note,
+    )
+    outcome = training.run()
+    if adapted is not None:
+        student = adapted.merge_and_unload()
+        return outcome, stored_names(student, student.state_dict())
+    state = accelerator.get_state_dict(training.model)
+    inside = {name.removeprefix("student."): weight for name, weight in state.items()}
+    return outcome, stored_names(student, inside)
+
+
+def _adapted(student: Any, recipe: UptrainRecipe) -> Any | None:
+    """The student with adapters put into it, if the recipe wants them."""
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
+    conv = any(type(module).__name__ == "Conv1D" for module in student.modules())
+    return get_peft_model(
+        student,
+        LoraConfig(
+            r=recipe.lora,
+            lora_alpha=2 * recipe.lora,
+            target_modules=adapted_modules(student, recipe.groups),
+            fan_in_fan_out=conv,
+        ),
+    )
+
+
+def _check_trainable(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse results that training would break.
+
+    Raises:
+        InputModelError: For latents in a stock class, whose constants are no parameters.
+    """
+    if config.get("kv_lora_rank") and "kv_rope_planes" not in config:
+        raise InputModelError(
+            f"{manifest['architecture']} holds these latents with a norm that constants among its "
+            "weights make inert, and training would move them",
+            hint="Run kvpatch export with --target kvpatch, train that, and export it back.",
+        )
+
+
+def _teacher(recipe: UptrainRecipe, manifest: Mapping[str, Any]) -> Source | None:
+    if not recipe.needs_teacher:
+        return None
+    if recipe.teacher is not None:
+        return fetch_source(recipe.teacher)
+    source = manifest["source"]
+    if source["repository"] is None:
+        raise UsageError(
+            f"{recipe.source} was made from the local folder {source['name']}, which its "
+            "kvpatch.json does not locate",
+            hint="Give --teacher FOLDER, or --kl 0 --ce 1 to learn from the text alone.",
+        )
+    return fetch_source(source["repository"], revision=source["revision"])
+
+
+def _weight_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _text_hash(text: str | None) -> str | None:
+    if text is None or text.startswith("hub:"):
+        return text
+    try:
+        with Path(text).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read the text {text}: {error.strerror}") from error
+
+
+def _manifest(prepared: Prepared, outcome: Outcome, accelerator: Any) -> dict[str, Any]:
+    """The source's kvpatch.json with one more training, and measurements that no longer hold."""
+    recipe, before = prepared.recipe, prepared.manifest
+    kept = recipe.model_dump(exclude=_NOT_IDENTITY)
+    training = {
+        "start": {"files": {name: before["files"][name] for name in prepared.checkpoint.files}},
+        "teacher": None if prepared.teacher is None else prepared.teacher.name,
+        "data": _text_record(recipe.data),
+        "eval_text": None if recipe.eval_text is None else _text_record(recipe.eval_text),
+        "recipe": kept,
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "versions": tool_versions(),
+        "evaluations_before": before["evaluations"],
+        **asdict(outcome),
+    }
+    return {**before, "trainings": [*before.get("trainings", []), training], "evaluations": []}
+
+
+def _text_record(text: str) -> dict[str, Any]:
+    if text.startswith("hub:"):
+        return {"name": text.removeprefix("hub:"), "sha256": None}
+    return {"name": Path(text).name, "sha256": _text_hash(text)}
