@@ -51,7 +51,7 @@ def uptrain(
     grad_accumulation: Annotated[int, typer.Option(help="Forward passes for each step.")] = 1,
     lr: Annotated[
         float, typer.Option(help="Highest learning rate; 1.5 times that if layers share KV.")
-    ] = 1e-3,
+    ] = 1e-4,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
     decay: Annotated[str, typer.Option(help="How it falls: cosine, linear, constant.")] = "cosine",
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,

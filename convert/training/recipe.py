@@ -67,7 +67,7 @@ class UptrainRecipe(BaseModel):
         None, ge=2, description="Tokens of a sequence; 512 or the model's limit."
     )
     grad_accumulation: int = Field(1, ge=1, description="Forward passes for each step.")
-    lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    lr: float = Field(1e-4, gt=0, description="Highest learning rate.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which it rises.")
     decay: Decay = Field("cosine", description="How it falls: cosine, linear or constant.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
