@@ -79,7 +79,6 @@ class LatentConverting(Converting):
         return converted, results
 
     def convert(self, step: Step, decoder: Decoder, streams: Streams) -> list[Tensor]:
-<<<<<<< HEAD
         """Convert the layers of a unit and lead both streams through them."""
         unit = step.layers
         before = read_unit(self.checkpoint, self.plan.facts, step, torch.float32)
@@ -88,14 +87,6 @@ class LatentConverting(Converting):
             for number, (original, _) in zip(unit, before, strict=True)
         ]
         done = self.scratch.has(unit_name(unit))
-=======
-        """Convert a layer and lead both streams through it."""
-        (number,) = step.layers
-        original = read_unit(self.checkpoint, self.plan.facts, step, torch.float32)[0][0]
-        seen = self.observe(number, original, decoder, streams)
-        turn = seen.scoring.turn
-        done = self.scratch.has(unit_name(step.layers))
->>>>>>> b46eccc (Latents: a decoder layer is not in memory while its refits run; exact latents only where they are kept)
         if done:
             (first, *others), _ = self.unit(unit)
             exact = [first, *(complete(layer, first) for layer in others)]
@@ -109,38 +100,41 @@ class LatentConverting(Converting):
                 scales=[one.scoring.scale for one in seen],
                 factor=_rotary_factor(self.plan.facts, unit[0]),
             )
-<<<<<<< HEAD
+        refitted = self.refit_scores or self.refit_output
         layers = [_mapped(layer, self.device) for layer in exact]
+        exact = [] if refitted else exact
         scorings = [_latent_scoring(one, layers[0]) for one in seen]
         for place, number in enumerate(unit):
             with decoder.block(number) as block:
                 inputs = block.attention_inputs(streams.converted)
-                if place == 0:
-                    source = inputs
-                if self.refit_scores and not done:
-                    readings = [
-                        Reading(
-                            layer=layer,
-                            observed=one,
-                            scoring=scoring,
-                            inputs=inputs if at == place else one.inputs,
-                        )
-                        for at, (layer, one, scoring) in enumerate(
-                            zip(layers, seen, scorings, strict=True)
-                        )
-                    ]
-                    layers = refit_latent_scores(
-                        readings, source, place=place, each=side_by_side, seed=self.seed
+            # a layer weighs as much as all that refits need beside it, so it is read again later
+            if place == 0:
+                source = inputs
+            if self.refit_scores and not done:
+                readings = [
+                    Reading(
+                        layer=layer,
+                        observed=one,
+                        scoring=scoring,
+                        inputs=inputs if at == place else one.inputs,
                     )
-                one = dataclasses.replace(seen[place], scoring=scorings[place])
-                if self.refit_output and not done:
-                    target = self.output_target(one, streams)
-                    layers[place] = self._refit_outcome(
-                        layers[place], one, inputs=inputs, source=source, target=target
+                    for at, (layer, one, scoring) in enumerate(
+                        zip(layers, seen, scorings, strict=True)
                     )
-                ready = expanded(layers[place])
-                shared = shared_by(layers[place], ready, one.scoring, source)
-                outputs = projected(ready, head_outputs(ready, one.scoring, inputs, shared))
+                ]
+                layers = refit_latent_scores(
+                    readings, source, place=place, each=side_by_side, seed=self.seed
+                )
+            one = dataclasses.replace(seen[place], scoring=scorings[place])
+            if self.refit_output and not done:
+                target = self.output_target(one, streams)
+                layers[place] = self._refit_outcome(
+                    layers[place], one, inputs=inputs, source=source, target=target
+                )
+            ready = expanded(layers[place])
+            shared = shared_by(layers[place], ready, one.scoring, source)
+            outputs = projected(ready, head_outputs(ready, one.scoring, inputs, shared))
+            with decoder.block(number) as block:
                 streams.converted = block.run_all_with(streams.converted, outputs)
             if not done:
                 results[place] |= {
@@ -148,40 +142,8 @@ class LatentConverting(Converting):
                     "output_error": relative_error(outputs, one.outputs),
                 }
         if not done:
-            refitted = self.refit_scores or self.refit_output
             self._keep(unit, layers if refitted else exact, results)
         return [token_gram(one.inputs) for one in seen]
-=======
-        del original
-        refitted = self.refit_scores or self.refit_output
-        exact = None if refitted else layer
-        layer = _mapped(layer, self.device)
-        # pairs of a layer without positions are zero, however they turn
-        idle = turn.new_ones(len(turn), len(layer.planes))
-        kept = turn[:, list(layer.planes)] if turn.shape[1] else idle
-        scoring = dataclasses.replace(seen.scoring, turn=kept)
-        with decoder.block(number) as block:
-            inputs = block.attention_inputs(streams.converted)
-        # a layer weighs as much as all that refits need beside it, so it is read again after them
-        if self.refit_scores and not done:
-            layer = refit_latent_scores(
-                layer, seen, scoring, inputs, each=side_by_side, seed=self.seed
-            )
-        if self.refit_output and not done:
-            layer = self._refit_outcome(layer, seen, scoring, inputs, streams)
-        ready = expanded(layer)
-        shared = shared_by(layer, ready, scoring, inputs)
-        outputs = projected(ready, head_outputs(ready, scoring, inputs, shared))
-        with decoder.block(number) as block:
-            streams.converted = block.run_all_with(streams.converted, outputs)
-        if not done:
-            result |= {
-                "attention_kl": row_divergence(seen, ready, scoring, inputs, shared),
-                "output_error": relative_error(outputs, seen.outputs),
-            }
-            self._keep(step.layers, layer if exact is None else exact, result)
-        return [token_gram(seen.inputs)]
->>>>>>> b46eccc (Latents: a decoder layer is not in memory while its refits run; exact latents only where they are kept)
 
     def _refit_outcome(
         self,
