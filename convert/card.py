@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from convert.checkpoint.paths import guarded_path
+from convert.tables import retrieval_heading, retrieval_tables
 from kvpatch.memory import format_bytes
 
 __all__ = ["inherited_metadata", "render_card"]
@@ -161,6 +162,10 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
+        retrieval=[
+            (retrieval_heading(found), retrieval_tables(found))
+            for found in manifest.get("retrieval", [])
+        ],
         pooled=not latent and recipe["merge"] != "svd",
         architecture=architecture,
         ours=ours,

@@ -6,12 +6,21 @@ from typing import Annotated
 
 import typer
 
-from convert.commands import benchmarking, checking, conversion, publishing, reporting
+from convert.commands import benchmarking, checking, conversion, measuring, publishing, reporting
 from convert.commands.boundary import app
 from convert.console import Console
 from kvpatch import __version__
 
-__all__ = ["app", "benchmarking", "checking", "conversion", "main", "publishing", "reporting"]
+__all__ = [
+    "app",
+    "benchmarking",
+    "checking",
+    "conversion",
+    "main",
+    "measuring",
+    "publishing",
+    "reporting",
+]
 
 
 def _version(show: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from convert.card import render_card
 from convert.checkpoint.manifest import read_manifest, rewrite_manifest
 from convert.checkpoint.writer import write_file
+from convert.texts import Text
 from kvpatch.errors import OutputError, UsageError
 
-__all__ = ["check_saveable", "save_evaluation", "torch_dtype"]
+__all__ = ["check_saveable", "check_text", "save_results", "torch_dtype"]
 
 _CARD = "README.md"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -52,31 +54,66 @@ def check_saveable(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _identity(evaluation: Mapping[str, Any]) -> tuple[object, ...]:
-    keys = ("text_sha256", "context", "stride", "windows", "dtype")
-    return (*(evaluation[key] for key in keys), evaluation["against"] is None)
+def check_text(folder: Path, text: Text) -> None:
+    """Refuse to save what is measured on the text that a checkpoint was calibrated on.
+
+    Raises:
+        InputModelError: If the folder was not made by kvpatch.
+        UsageError: If it is that text, which flatters the checkpoint.
+    """
+    calibration = read_manifest(folder)["calibration"]
+    if calibration is not None and calibration["text_sha256"] == text.sha256:
+        raise UsageError(
+            f"{text.name} is the text that {folder} was calibrated on; a measurement on "
+            "it says too little and is not saved",
+            hint="Measure on another text, or without --save.",
+        )
 
 
-def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add a measurement to ``kvpatch.json`` and to the model card made from it.
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of measurement: in which keys two of one setting agree, and which one compares."""
 
-    A measurement of the same text, windows and dtype is replaced. The card is written first: if
-    the run dies in between, ``verify`` says that the card is not the recorded one.
+    setting: tuple[str, ...]
+    compared: str
+
+
+_KINDS = {
+    "evaluations": _Kind(("text_sha256", "context", "stride", "windows", "dtype"), "against"),
+    "retrieval": _Kind(
+        ("text_sha256", "key", "lengths", "depths", "trials", "seed", "dtype"), "gain"
+    ),
+}
+
+
+def save_results(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add measurements to ``kvpatch.json`` and to the model card made from it.
+
+    A measurement in the same setting is replaced. The card is written first: if the run dies in
+    between, ``verify`` says that the card is not the recorded one.
+
+    Args:
+        folder: The checkpoint.
+        measured: By kind: ``evaluations`` for one on a text, ``retrieval`` for a probe.
 
     Raises:
         InputModelError: If the folder was not made by kvpatch.
         OutputError: If its card was edited.
-        UsageError: If the checkpoint was calibrated on this very text, which flatters it.
     """
     manifest = check_saveable(folder)
-    calibration = manifest["calibration"]
-    if calibration is not None and calibration["text_sha256"] == evaluation["text_sha256"]:
-        raise UsageError(
-            f"{evaluation['text']} is the text that {folder} was calibrated on; a measurement on "
-            "it says too little and is not saved",
-            hint="Measure on another text, or without --save.",
-        )
-    kept = [old for old in manifest["evaluations"] if _identity(old) != _identity(evaluation)]
-    manifest["evaluations"] = [*kept, dict(evaluation)]
+    for name, found in measured.items():
+        old = manifest.get(name, [])
+        setting = _setting(_KINDS[name], found)
+        kept = [other for other in old if _setting(_KINDS[name], other) != setting]
+        manifest[name] = [*kept, dict(found)]
     card = write_file(folder / _CARD, render_card(manifest))
     rewrite_manifest(folder, manifest, {_CARD: card})
+
+
+def _setting(kind: _Kind, found: Mapping[str, Any]) -> tuple[object, ...]:
+    return (*(found[key] for key in kind.setting), _has_source(found[kind.compared]))
+
+
+def _has_source(compared: Mapping[str, Any] | None) -> bool:
+    """Of a comparison that is there or not, or of a mean that may have a source in it."""
+    return compared is not None and compared.get("source", compared) is not None

@@ -10,15 +10,17 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
+from convert.tables import retrieval_heading, retrieval_tables
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
 __all__ = [
     "cache_data",
+    "measured_data",
     "plan_data",
     "print_bench",
     "print_cache",
-    "print_evaluation",
+    "print_measured",
     "print_plan",
 ]
 
@@ -242,8 +244,28 @@ def print_bench(data: Mapping[str, Any], console: Console) -> None:
             console.line(f"{run['model']}: {run['detail'].splitlines()[0]}")
 
 
-def print_evaluation(data: Mapping[str, Any], console: Console) -> None:
-    """A measurement for people."""
+def measured_data(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``eval`` measured, in plain types: on the text at the top, the rest under its name."""
+    named = {name: found for name, found in measured.items() if name != "evaluations"}
+    return {**measured.get("evaluations", {}), **named}
+
+
+def print_measured(measured: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """What ``eval`` measured, for people."""
+    if "evaluations" in measured:
+        _print_evaluation(measured["evaluations"], console)
+    if "retrieval" in measured:
+        _print_retrieval(measured["retrieval"], console)
+
+
+def _print_retrieval(data: Mapping[str, Any], console: Console) -> None:
+    console.line(retrieval_heading(data))
+    for table in retrieval_tables(data):
+        console.line("")
+        console.table(table.title, table.columns, table.rows)
+
+
+def _print_evaluation(data: Mapping[str, Any], console: Console) -> None:
     console.line(
         f"{data['text']}: {data['windows']} windows of {data['context']} tokens, "
         f"stride {data['stride']}, {data['tokens']:,} tokens scored, {data['dtype']}"
