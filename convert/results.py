@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 from convert.card import render_card
 from convert.checkpoint.manifest import read_manifest, rewrite_manifest
 from convert.checkpoint.writer import write_file
+from convert.hub.results import eval_results
 from convert.texts import Text
 from kvpatch.errors import OutputError, UsageError
 
 __all__ = ["check_saveable", "check_text", "save_results", "torch_dtype"]
 
 _CARD = "README.md"
+_EVAL_RESULTS = ".eval_results"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -72,21 +74,29 @@ def check_text(folder: Path, text: Text) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A kind of measurement: in which keys two of one setting agree, and which one compares."""
+    """A kind of measurement: in which keys two of one setting agree, and whether one compares."""
 
     setting: tuple[str, ...]
-    compared: str
+    compared: Callable[[Mapping[str, Any]], bool]
 
 
 _KINDS = {
-    "evaluations": _Kind(("text_sha256", "context", "stride", "windows", "dtype"), "against"),
+    "evaluations": _Kind(
+        ("text_sha256", "context", "stride", "windows", "dtype"),
+        lambda found: found["against"] is not None,
+    ),
     "retrieval": _Kind(
-        ("text_sha256", "key", "lengths", "depths", "trials", "seed", "dtype"), "gain"
+        ("text_sha256", "key", "lengths", "depths", "trials", "seed", "dtype"),
+        lambda found: found["gain"]["source"] is not None,
+    ),
+    "tasks": _Kind(
+        ("task", "dataset", "subset", "version", "harness", "fewshot", "limit", "dtype"),
+        lambda found: found["metrics"][0]["mean"]["source"] is not None,
     ),
 }
 
 
-def save_results(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
+def save_results(folder: Path, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Add measurements to ``kvpatch.json`` and to the model card made from it.
 
     A measurement in the same setting is replaced. The card is written first: if the run dies in
@@ -94,7 +104,8 @@ def save_results(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> Non
 
     Args:
         folder: The checkpoint.
-        measured: By kind: ``evaluations`` for one on a text, ``retrieval`` for a probe.
+        measured: By kind: ``evaluations`` on a text, ``retrieval`` of keys, ``tasks`` of
+            lm-evaluation-harness, which also go into ``.eval_results``.
 
     Raises:
         InputModelError: If the folder was not made by kvpatch.
@@ -102,18 +113,18 @@ def save_results(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> Non
     """
     manifest = check_saveable(folder)
     for name, found in measured.items():
-        old = manifest.get(name, [])
-        setting = _setting(_KINDS[name], found)
-        kept = [other for other in old if _setting(_KINDS[name], other) != setting]
-        manifest[name] = [*kept, dict(found)]
-    card = write_file(folder / _CARD, render_card(manifest))
-    rewrite_manifest(folder, manifest, {_CARD: card})
+        new = [_setting(_KINDS[name], one) for one in found]
+        kept = [one for one in manifest.get(name, []) if _setting(_KINDS[name], one) not in new]
+        manifest[name] = [*kept, *map(dict, found)]
+    written = {_CARD: write_file(folder / _CARD, render_card(manifest))}
+    for task in measured.get("tasks", []):
+        content = eval_results(task)
+        if content is not None:
+            file = f"{_EVAL_RESULTS}/{task['task'].replace('/', '_')}.yaml"
+            (folder / _EVAL_RESULTS).mkdir(exist_ok=True)
+            written[file] = write_file(folder / file, content)
+    rewrite_manifest(folder, manifest, written)
 
 
 def _setting(kind: _Kind, found: Mapping[str, Any]) -> tuple[object, ...]:
-    return (*(found[key] for key in kind.setting), _has_source(found[kind.compared]))
-
-
-def _has_source(compared: Mapping[str, Any] | None) -> bool:
-    """Of a comparison that is there or not, or of a mean that may have a source in it."""
-    return compared is not None and compared.get("source", compared) is not None
+    return (*(found[key] for key in kind.setting), kind.compared(found))

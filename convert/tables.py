@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "retrieval_heading", "retrieval_tables"]
+__all__ = ["Table", "retrieval_heading", "retrieval_tables", "task_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,38 @@ def retrieval_tables(data: Mapping[str, Any]) -> list[Table]:
     if source:
         tables.append(_grid(data, "gain less that of the source, nats", "gain", _differs))
     return tables
+
+
+def task_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each task and metric, with standard errors where there are any."""
+    rows = [(task, metric, metric["mean"]) for task in tasks for metric in task["metrics"]]
+    return Table(
+        "tasks of lm-evaluation-harness",
+        ["task", "metric", "examples", "questions", "score", "source", "difference"],
+        [
+            [
+                task["task"],
+                _metric_name(metric),
+                str(task["fewshot"]),
+                str(task["samples"]),
+                f"{mean['value']:.4f}{_spread(mean['error'])}",
+                "" if mean["source"] is None else f"{mean['source']:.4f}",
+                ""
+                if mean["difference"] is None
+                else f"{mean['difference']:+.4f}{_spread(mean['difference_error'])}",
+            ]
+            for task, metric, mean in rows
+        ],
+    )
+
+
+def _metric_name(metric: Mapping[str, Any]) -> str:
+    name: str = metric["name"]
+    return name if metric["filter"] == "none" else f"{name}, {metric['filter']}"
+
+
+def _spread(error: float | None) -> str:
+    return "" if error is None else f" \u00b1 {error:.4f}"
 
 
 def _grid(

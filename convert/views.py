@@ -10,7 +10,7 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
-from convert.tables import retrieval_heading, retrieval_tables
+from convert.tables import retrieval_heading, retrieval_tables, task_table
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
@@ -244,18 +244,27 @@ def print_bench(data: Mapping[str, Any], console: Console) -> None:
             console.line(f"{run['model']}: {run['detail'].splitlines()[0]}")
 
 
-def measured_data(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def measured_data(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """What ``eval`` measured, in plain types: on the text at the top, the rest under its name."""
-    named = {name: found for name, found in measured.items() if name != "evaluations"}
-    return {**measured.get("evaluations", {}), **named}
+    data: dict[str, Any] = {}
+    for evaluation in measured.get("evaluations", []):
+        data |= evaluation
+    for probe in measured.get("retrieval", []):
+        data["retrieval"] = probe
+    if "tasks" in measured:
+        data["tasks"] = list(measured["tasks"])
+    return data
 
 
-def print_measured(measured: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def print_measured(measured: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
     """What ``eval`` measured, for people."""
-    if "evaluations" in measured:
-        _print_evaluation(measured["evaluations"], console)
-    if "retrieval" in measured:
-        _print_retrieval(measured["retrieval"], console)
+    for evaluation in measured.get("evaluations", []):
+        _print_evaluation(evaluation, console)
+    for probe in measured.get("retrieval", []):
+        _print_retrieval(probe, console)
+    if "tasks" in measured:
+        table = task_table(measured["tasks"])
+        console.table(table.title, table.columns, table.rows, numeric=2)
 
 
 def _print_retrieval(data: Mapping[str, Any], console: Console) -> None:

@@ -28,6 +28,9 @@ def eval(  # noqa: A001 - the command's name
     retrieval: Annotated[
         bool, typer.Option("--retrieval", help="Ask for keys stated far back in a text.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The source, to compare with.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window; default 512.")] = None,
     stride: Annotated[
@@ -44,6 +47,15 @@ def eval(  # noqa: A001 - the command's name
     trials: Annotated[int, typer.Option(min=1, help="Retrieval: number of keys.")] = 20,
     key: Annotated[str, typer.Option(help="Retrieval: keys of digits or words.")] = "digits",
     seed: Annotated[int, typer.Option(min=0, help="Retrieval: draws keys and texts.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: ask only the first questions of each.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Tasks: solved examples before each question.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Tasks: folder with more of them.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype to run in; float32 on the CPU.")] = None,
@@ -57,20 +69,23 @@ def eval(  # noqa: A001 - the command's name
     """Measure a model, and how far it is from its source.
 
     With --text: perplexity, KL to the source, same top tokens. With --retrieval: keys stated
-    once in a long text and asked for at its end, by length and depth.
+    once in a long text and asked for at its end, by length and depth. With --tasks: tasks of
+    lm-evaluation-harness, paired question by question.
 
     \b
     Examples:
         kvpatch eval ./llama-2-7b-gqa8 --text valid.txt --against ./llama-2-7b
         kvpatch eval ./llama-2-7b-gqa8 --retrieval --lengths 1024,4096 --against ./llama-2-7b
+        kvpatch eval ./llama-2-7b-gqa8 --tasks arc_easy,piqa --against ./llama-2-7b
     """
-    if text is None and not retrieval:
-        raise UsageError("nothing to measure", hint="Give --text FILE, --retrieval, or both.")
+    if text is None and not retrieval and tasks is None:
+        raise UsageError("nothing to measure", hint="Give --text FILE, --retrieval or --tasks.")
     sizes = None if lengths is None else _numbers("--lengths", lengths, int)
     places = _numbers("--depths", depths, float)
 
     from convert import loading, results, views  # noqa: PLC0415
     from convert.evaluate import measure_text  # noqa: PLC0415
+    from convert.harness import check_harness, run_tasks  # noqa: PLC0415
     from convert.hub import fetch_source  # noqa: PLC0415
     from convert.retrieval import built_in_text, measure_retrieval  # noqa: PLC0415
     from convert.texts import read_text  # noqa: PLC0415
@@ -78,6 +93,8 @@ def eval(  # noqa: A001 - the command's name
     console = Console(json=json, quiet=quiet)
     folder = fetch_source(model).path
     content = read_text(text) if text is not None else None
+    if tasks is not None:
+        check_harness()
     if save:  # before the work, not after it
         results.check_saveable(folder)
         if content is not None:
@@ -88,7 +105,7 @@ def eval(  # noqa: A001 - the command's name
         dtype=results.torch_dtype(dtype),
         device=device,
     )
-    measured: dict[str, dict[str, Any]] = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
     if content is not None:
         with console.progress("evaluating", unit="windows") as progress:
             evaluation = measure_text(
@@ -100,7 +117,7 @@ def eval(  # noqa: A001 - the command's name
                 batch=batch,
                 progress=progress,
             )
-        measured["evaluations"] = asdict(evaluation)
+        measured["evaluations"] = [asdict(evaluation)]
     if retrieval:
         with console.progress("retrieving", unit="texts") as progress:
             probe = measure_retrieval(
@@ -114,7 +131,18 @@ def eval(  # noqa: A001 - the command's name
                 batch=batch,
                 progress=progress,
             )
-        measured["retrieval"] = asdict(probe)
+        measured["retrieval"] = [asdict(probe)]
+    if tasks is not None:
+        with console.bars_of_others():
+            scores = run_tasks(
+                pair,
+                tasks.split(","),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+                batch=batch,
+            )
+        measured["tasks"] = [asdict(score) for score in scores]
     console.result(views.measured_data(measured), lambda: views.print_measured(measured, console))
     if save:
         results.save_results(folder, measured)
