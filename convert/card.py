@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from convert.checkpoint.paths import guarded_path
+from convert.tables import retrieval_heading, retrieval_tables, task_table
 from kvpatch.memory import format_bytes
 
 __all__ = ["inherited_metadata", "render_card"]
@@ -162,6 +163,11 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],
         trainings=manifest.get("trainings", []),
+        retrieval=[
+            (retrieval_heading(found), retrieval_tables(found))
+            for found in manifest.get("retrieval", [])
+        ],
+        tasks=task_table(manifest["tasks"]) if "tasks" in manifest else None,
         pooled=not latent and recipe["merge"] != "svd",
         architecture=architecture,
         ours=ours,

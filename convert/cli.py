@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from convert.commands import benchmarking, checking, conversion, publishing, reporting, training
+from convert.commands import (
+    benchmarking,
+    checking,
+    conversion,
+    measuring,
+    publishing,
+    reporting,
+    training,
+)
 from convert.commands.boundary import app
 from convert.console import Console
 from kvpatch import __version__
@@ -17,6 +25,7 @@ __all__ = [
     "checking",
     "conversion",
     "main",
+    "measuring",
     "publishing",
     "reporting",
     "training",

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -98,6 +98,12 @@ class Console:
                 bar.update(tasks[stage], advance=done)
 
             yield advance
+
+    @contextmanager
+    def bars_of_others(self) -> Iterator[None]:
+        """Keep what libraries write to stderr out of logs, where our bars are hidden too."""
+        with redirect_stderr(StringIO()) if self._hides_progress else nullcontext():
+            yield
 
     @property
     def _hides_progress(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,10 +12,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from convert.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from convert.loading import Pair, load_pair, position_limit, quiet_transformers
+from convert.resources import check_ram
+from convert.texts import Text, read_text
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
-__all__ = ["Against", "Evaluation", "check_same_tokens", "evaluate_checkpoint", "windows_of"]
+__all__ = ["Against", "Evaluation", "evaluate_checkpoint", "measure_text", "windows_of"]
+
+# float32 arrays [windows, context, vocabulary] that are alive at once: the logits, those of the
+# scored positions, their log softmax; with a source one of its own and two inside the KL
+_COPIES, _COPIES_WITH_SOURCE = 3, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +91,14 @@ def evaluate_checkpoint(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure a model on a text.
+    """Measure a model on a text: ``load_pair`` and ``measure_text`` in one.
 
     Args:
         folder: Checkpoint folder.
         text: UTF-8 text file.
         against: Folder of the source, to compare with.
-        context: Tokens of a window; 512 or the model's limit if not given.
-        stride: Tokens from one window to the next; ``context``, without overlap, if not given.
+        context: See ``measure_text``, as for the others.
+        stride: Tokens from one window to the next.
         samples: Use only the first windows.
         batch: Windows in one forward pass.
         device: Where the models run.
@@ -101,39 +106,71 @@ def evaluate_checkpoint(
         progress: Called with windows done and in all.
 
     Raises:
-        UsageError: If context or stride make no sense for the model.
-        InputModelError: If the text is too short, or source and model have other tokens.
-        VerificationError: If a model does not load, or gives logits that are not finite.
+        KvpatchError: Those of ``read_text``, ``load_pair`` and ``measure_text``.
     """
-    content = _read_text(text)
-    check_device(device)
-    if dtype is None and device == "cpu":
-        dtype = torch.float32
+    content = read_text(text)
+    pair = load_pair(folder, against, dtype=dtype, device=device)
+    return measure_text(
+        pair,
+        content,
+        context=context,
+        stride=stride,
+        samples=samples,
+        batch=batch,
+        progress=progress,
+    )
+
+
+def measure_text(
+    pair: Pair,
+    text: Text,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    samples: int | None = None,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a loaded model on a text, against the source if there is one.
+
+    Args:
+        pair: Model and source.
+        text: The text.
+        context: Tokens of a window; 512 or the model's limit if not given.
+        stride: Tokens from one window to the next; ``context``, without overlap, if not given.
+        samples: Use only the first windows.
+        batch: Windows in one forward pass.
+        progress: Called with windows done and in all.
+
+    Raises:
+        UsageError: If context or stride make no sense for the model.
+        InputModelError: If the text is too short.
+        ResourceError: If the logits of a batch do not fit into memory.
+        VerificationError: If a model gives logits that are not finite.
+    """
+    limit = position_limit(pair.model)
+    context = min(512, limit) if context is None else context
+    stride = context if stride is None else stride
+    _check_windows(context, stride, limit)
     with quiet_transformers():
-        tokenizer = load_tokenizer(folder)
-        if against is not None:
-            check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
-        model = load_model(folder, dtype=dtype, device=device)
-        source = load_model(against, dtype=dtype, device=device) if against is not None else None
-        limit = getattr(model.config, "max_position_embeddings", None) or 2048
-        context = min(512, limit) if context is None else context
-        stride = context if stride is None else stride
-        _check_windows(context, stride, limit)
-        ids = tokenizer(content, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        tokenizer = pair.tokenizer
+        encoded = tokenizer(text.content, add_special_tokens=False, return_tensors="pt")
+        ids = encoded["input_ids"][0]
         prefix = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)[:1]
         inputs = windows_of(ids, prefix, context=context, stride=stride)[:samples]
         if not len(inputs):
-            raise InputModelError(f"{text} has {len(ids)} tokens, less than one window")
+            raise InputModelError(f"{text.name} has {len(ids)} tokens, less than one window")
+        _check_logits(pair, min(batch, len(inputs)), context)
         sums = _Sums()
         for count, (tokens, scored) in enumerate(_batches(inputs, context, stride, batch), 1):
-            _score(sums, tokens.to(device), scored, model, source)
+            _score(sums, tokens.to(pair.model.device), scored, pair.model, pair.source)
             if progress is not None:
                 progress(min(count * batch, len(inputs)), len(inputs))
     nll = sums.nll / sums.tokens
     if not math.isfinite(nll):
-        raise VerificationError(f"{folder} gives logits that are NaN or infinite on {text}")
+        raise VerificationError(f"{pair.name} gives logits that are NaN or infinite on {text.name}")
     comparison = None
-    if source is not None:
+    if pair.source is not None:
         comparison = Against(
             perplexity=_exp(sums.source_nll / sums.tokens),
             kl=sums.kl / sums.tokens,
@@ -141,12 +178,12 @@ def evaluate_checkpoint(
         )
     return Evaluation(
         text=text.name,
-        text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+        text_sha256=text.sha256,
         windows=len(inputs),
         context=context,
         stride=stride,
         tokens=sums.tokens,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(pair.model.dtype).removeprefix("torch."),
         nll=nll,
         perplexity=_exp(nll),
         against=comparison,
@@ -214,18 +251,15 @@ def _check_windows(context: int, stride: int, limit: int) -> None:
         )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {path}: {error}") from error
-
-
-def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
-    """Refuse two checkpoints that number their tokens differently.
-
-    Raises:
-        InputModelError: If they do.
-    """
-    if ours.get_vocab() != theirs.get_vocab():
-        raise InputModelError(f"{folder} and {against} have different vocabularies")
+def _check_logits(pair: Pair, windows: int, context: int) -> None:
+    """Refuse a batch whose logits do not fit into memory; those of the weights are there."""
+    if pair.model.device.type != "cpu":
+        return
+    vocabulary = pair.model.config.get_text_config().vocab_size
+    copies = _COPIES if pair.source is None else _COPIES_WITH_SOURCE
+    check_ram(
+        copies * windows * context * vocabulary * torch.float32.itemsize,
+        None,
+        what=f"scoring {windows} windows of {context} tokens at once",
+        hint="Use a smaller --batch or --context.",
+    )

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,37 @@ import torch
 from convert.resources import check_ram
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
-__all__ = ["check_device", "load_model", "load_tokenizer", "quiet_transformers"]
+__all__ = [
+    "Pair",
+    "check_device",
+    "check_same_tokens",
+    "load_model",
+    "load_pair",
+    "load_tokenizer",
+    "position_limit",
+    "quiet_transformers",
+]
 
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
+_USUAL_POSITIONS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A model to measure, and the source to compare it with.
+
+    Args:
+        name: Folder of the model, for messages.
+        tokenizer: Of both.
+        model: In evaluation mode.
+        source: The same of the source; None if there is nothing to compare with.
+    """
+
+    name: str
+    tokenizer: Any
+    model: Any
+    source: Any | None
 
 
 def check_device(device: str) -> None:
@@ -69,7 +97,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") 
 
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if device == "cpu":
-        check_ram(2 * weights + _OVERHEAD, None)
+        check_ram(2 * weights + _OVERHEAD, None, what=f"loading {folder}")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -98,3 +126,47 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputModelError(f"{folder} has no tokenizer that transformers can load") from error
+
+
+def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
+    """Refuse two checkpoints that number their tokens differently.
+
+    Raises:
+        InputModelError: If they do.
+    """
+    if ours.get_vocab() != theirs.get_vocab():
+        raise InputModelError(f"{folder} and {against} have different vocabularies")
+
+
+def load_pair(
+    folder: Path, against: Path | None, *, dtype: torch.dtype | None, device: str = "cpu"
+) -> Pair:
+    """A model, and its source if there is one, ready to be measured.
+
+    Args:
+        folder: Checkpoint folder of the model.
+        against: Of the source.
+        dtype: Dtype both run in; float32 on the CPU and the checkpoint's elsewhere if None.
+        device: Where they run.
+
+    Raises:
+        UsageError: If there is no such device.
+        InputModelError: If there is no tokenizer, or source and model have other tokens.
+        ResourceError: If they do not fit into memory.
+        VerificationError: If a model does not load.
+    """
+    check_device(device)
+    if dtype is None and device == "cpu":
+        dtype = torch.float32
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+        if against is not None:
+            check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
+        model = load_model(folder, dtype=dtype, device=device)
+        source = load_model(against, dtype=dtype, device=device) if against is not None else None
+    return Pair(str(folder), tokenizer, model, source)
+
+
+def position_limit(model: Any) -> int:
+    """Most tokens that a model has positions for; 2,048 where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or _USUAL_POSITIONS

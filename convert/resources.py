@@ -43,27 +43,35 @@ def _reclaimable(cgroup: Path) -> int:
     return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
-def check_ram(needed: int, limit: int | None) -> None:
-    """Refuse a run that needs more memory than allowed or available.
+def check_ram(
+    needed: int,
+    limit: int | None,
+    *,
+    what: str = "the conversion",
+    hint: str = "End other programs, or run it on a machine with more memory.",
+) -> None:
+    """Refuse work that needs more memory than allowed or available.
 
     Args:
         needed: Predicted peak in bytes.
         limit: What the user allows; None for no limit but the machine's.
+        what: What needs it.
+        hint: What to do where the machine has too little.
 
     Raises:
         ResourceError: With both numbers.
     """
     if limit is not None and needed > limit:
         raise ResourceError(
-            f"the conversion needs {format_bytes(needed)} of memory, --max-ram allows "
+            f"{what} needs {format_bytes(needed)} of memory, --max-ram allows "
             f"{format_bytes(limit)}",
             hint=f"Its largest layer sets this; --max-ram {-(-needed // 10**6)}MB is enough.",
         )
     free = available_ram()
     if needed > free:
         raise ResourceError(
-            f"the conversion needs {format_bytes(needed)} of memory, {format_bytes(free)} are free",
-            hint="End other programs, or run it on a machine with more memory.",
+            f"{what} needs {format_bytes(needed)} of memory, {format_bytes(free)} are free",
+            hint=hint,
         )
 
 

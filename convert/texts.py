@@ -1,4 +1,4 @@
-"""Calibration texts: files of several formats, as windows of tokens."""
+"""Texts to calibrate and measure on: files of several formats, and windows of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convert.checkpoint.paths import hub_dataset
 from convert.loading import load_tokenizer, quiet_transformers
 from kvpatch.errors import InputModelError, UsageError
 
-__all__ = ["Windows", "few_tokens", "read_documents", "windows_from"]
+__all__ = ["Text", "Windows", "few_tokens", "read_documents", "read_text", "windows_from"]
 
 # more text than any calibration wants; the rest of a larger file is not read
 _MOST_CHARACTERS = 32_000_000
@@ -23,6 +23,21 @@ _COLUMN = "text"
 # measured, GQA to a quarter of the heads: with 2 refits lose, with 4 they win on prose; on few
 # made-up sentences they lose with 8 and win with 16
 _TOKENS_PER_DIM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A whole text to measure on.
+
+    Args:
+        name: File name.
+        sha256: Hash of the file.
+        content: Its characters.
+    """
+
+    name: str
+    sha256: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,19 @@ class Windows:
     text_sha256: str
     tokens_sha256: str
     dataset: str | None = None
+
+
+def read_text(path: Path) -> Text:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UsageError: If the file cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Text(path.name, digest, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {path}: {error}") from error
 
 
 def read_documents(path: Path) -> Iterator[str]:

@@ -10,15 +10,17 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
+from convert.tables import retrieval_heading, retrieval_tables, task_table
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
 
 __all__ = [
     "cache_data",
+    "measured_data",
     "plan_data",
     "print_bench",
     "print_cache",
-    "print_evaluation",
+    "print_measured",
     "print_plan",
 ]
 
@@ -242,8 +244,37 @@ def print_bench(data: Mapping[str, Any], console: Console) -> None:
             console.line(f"{run['model']}: {run['detail'].splitlines()[0]}")
 
 
-def print_evaluation(data: Mapping[str, Any], console: Console) -> None:
-    """A measurement for people."""
+def measured_data(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What ``eval`` measured, in plain types: on the text at the top, the rest under its name."""
+    data: dict[str, Any] = {}
+    for evaluation in measured.get("evaluations", []):
+        data |= evaluation
+    for probe in measured.get("retrieval", []):
+        data["retrieval"] = probe
+    if "tasks" in measured:
+        data["tasks"] = list(measured["tasks"])
+    return data
+
+
+def print_measured(measured: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
+    """What ``eval`` measured, for people."""
+    for evaluation in measured.get("evaluations", []):
+        _print_evaluation(evaluation, console)
+    for probe in measured.get("retrieval", []):
+        _print_retrieval(probe, console)
+    if "tasks" in measured:
+        table = task_table(measured["tasks"])
+        console.table(table.title, table.columns, table.rows, numeric=2)
+
+
+def _print_retrieval(data: Mapping[str, Any], console: Console) -> None:
+    console.line(retrieval_heading(data))
+    for table in retrieval_tables(data):
+        console.line("")
+        console.table(table.title, table.columns, table.rows)
+
+
+def _print_evaluation(data: Mapping[str, Any], console: Console) -> None:
     console.line(
         f"{data['text']}: {data['windows']} windows of {data['context']} tokens, "
         f"stride {data['stride']}, {data['tokens']:,} tokens scored, {data['dtype']}"

@@ -110,7 +110,7 @@ def test_triton_is_imported_only_by_kernels(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_what_need_not_be_installed_is_imported_where_it_is_used(path: Path) -> None:
-    assert not _imported_at_once(path) & {"matplotlib", "peft", "pyarrow"}
+    assert not _imported_at_once(path) & {"datasets", "lm_eval", "matplotlib", "peft", "pyarrow"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if _travels(path)], ids=_name)

@@ -14,7 +14,7 @@ from convert.cli import app
 from convert.evaluate import evaluate_checkpoint, windows_of
 from convert.pipeline import convert
 from convert.recipe import make_recipe
-from kvpatch.errors import InputModelError, UsageError, VerificationError
+from kvpatch.errors import InputModelError, ResourceError, UsageError, VerificationError
 from tests.helpers import load_folder, rewrite_tensors
 
 WORDS = (
@@ -152,7 +152,7 @@ def test_an_edited_card_is_never_replaced(
     def measured(*_: object, **__: object) -> None:
         raise AssertionError("it was measured, and would then be refused")
 
-    monkeypatch.setattr("convert.evaluate.evaluate_checkpoint", measured)
+    monkeypatch.setattr("convert.loading.load_pair", measured)
     assert _save(out, text) == 7
     assert card.read_text().endswith("my notes\n")
 
@@ -183,3 +183,18 @@ def test_logits_that_are_no_numbers_are_an_error(
     rewrite_tensors(folder, {"model.norm.weight": torch.full((128,), torch.nan).bfloat16()})
     with pytest.raises(VerificationError, match="NaN or infinite"):
         evaluate_checkpoint(folder, text, context=64, samples=1)
+
+
+def test_logits_that_do_not_fit_into_memory_are_refused(
+    demo_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the model itself fits; 8 windows of 64 tokens in a vocabulary of 512, three times in float32
+    enough = 3 * 8 * 64 * 512 * 4
+    monkeypatch.setattr("convert.loading.check_ram", lambda *_, **__: None)
+    monkeypatch.setattr("convert.resources.available_ram", lambda: enough)
+    evaluate_checkpoint(demo_model, text, context=64, samples=8, batch=8)
+    monkeypatch.setattr("convert.resources.available_ram", lambda: enough - 1)
+    with pytest.raises(ResourceError, match="8 windows of 64 tokens") as error:
+        evaluate_checkpoint(demo_model, text, context=64, samples=8, batch=8)
+    assert "--batch" in (error.value.hint or "")
+    evaluate_checkpoint(demo_model, text, context=64, samples=8, batch=4)

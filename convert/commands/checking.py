@@ -13,7 +13,7 @@ from convert.commands.flags import Debug, Json, Quiet, Revision
 from convert.console import Console
 from kvpatch.errors import UsageError, VerificationError
 
-__all__ = ["demo", "eval", "inspect", "verify"]
+__all__ = ["demo", "inspect", "verify"]
 
 
 @command
@@ -110,58 +110,6 @@ def verify(
     console.result(data, lambda: console.table("", ["check", "", "finding"], rows, numeric=3))
     if failed:
         raise VerificationError(f"{output}: failed {', '.join(failed)}")
-
-
-@command
-def eval(  # noqa: A001 - the command's name
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, or org/name[@revision].")],
-    text: Annotated[Path, typer.Option(help="Text file to measure on.")],
-    against: Annotated[str | None, typer.Option(help="The source, to compare with.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a window; default 512.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; default: no overlap.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Use the first windows only.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="Dtype to run in; float32 on the CPU.")] = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="Write the result into MODEL's card and kvpatch.json.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity on a text, and how far the model is from its source.
-
-    \b
-    Example:
-        kvpatch eval ./llama-2-7b-gqa8 --text valid.txt --against ./llama-2-7b
-    """
-    from convert import evaluate, results, views  # noqa: PLC0415
-    from convert.hub import fetch_source  # noqa: PLC0415
-
-    console = Console(json=json, quiet=quiet)
-    folder = fetch_source(model).path
-    if save:
-        results.check_saveable(folder)  # before the work, not after it
-    with console.progress("evaluating", unit="windows") as progress:
-        evaluation = evaluate.evaluate_checkpoint(
-            folder,
-            text,
-            against=fetch_source(against).path if against is not None else None,
-            context=context,
-            stride=stride,
-            samples=samples,
-            batch=batch,
-            device=device,
-            dtype=results.torch_dtype(dtype),
-            progress=progress,
-        )
-    data = asdict(evaluation)
-    console.result(data, lambda: views.print_evaluation(data, console))
-    if save:
-        results.save_evaluation(folder, data)
 
 
 @command

@@ -15,9 +15,14 @@ import torch
 from convert.checkpoint.manifest import read_manifest, tool_versions
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import Staging, check_output
-from convert.evaluate import check_same_tokens
 from convert.hub import Source, fetch_source, user_path
-from convert.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from convert.loading import (
+    check_device,
+    check_same_tokens,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
 from convert.resources import check_disk, check_ram
 from convert.signals import sigterm_unwinds
 from convert.training.groups import adapted_modules
