@@ -228,7 +228,7 @@ def test_a_dry_run_writes_nothing(place: Place, tmp_path: Path) -> None:
     assert run.code == 0, run.err
     plan = json.loads(run.out)
     assert (plan["steps"], plan["tokens_per_step"]) == (16, 32)
-    assert plan["lr"] == pytest.approx(1.5e-3)
+    assert plan["lr"] == pytest.approx(1.5e-4)
     shapes = weights(place.converted("cla"))
     assert plan["parameters"] == sum(weight.numel() for weight in shapes.values())
     assert not list(tmp_path.iterdir())
