@@ -32,12 +32,11 @@ _WAYS: dict[str, dict[str, Any]] = {
 _STAGES = {
     "pipeline": ("_windows", "execute"),
     "streams": ("observe",),
-    "survey": ("observe", "second_moments", "look", "attended"),
+    "survey": ("observe", "second_moments", "joint", "attended"),
+    "latent_choice": ("joint", "factored_jointly", "lost_in_latent"),
     "calibrate": ("second_moments", "refit_projections", "refit_outcome", "row_divergence"),
     "calibrate_latent": (
         "second_moments",
-        "look",
-        "factored",
         "refit_latent_scores",
         "refit_outcome",
         "row_divergence",

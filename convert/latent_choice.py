@@ -26,6 +26,7 @@ from convert.methods.joint import (
 )
 from convert.methods.latent import latent_form, still_keys, with_idle_pairs
 from convert.methods.merge import Inputs
+from convert.methods.mixing import Mixture
 from convert.methods.normed import normed_form
 from convert.quantities import parse_budget
 from convert.recipe import MlaRecipe
@@ -45,7 +46,8 @@ class LatentChoice:
 
     Args:
         sources: For each layer the one whose latent it reads.
-        attended: By the first layer of each unit, what attention makes of its keys.
+        mixtures: By the first layer of each unit, how its keys become components.
+        attended: By the same, what attention makes of them.
         kept: By the same, [P, n], true where a component of the keys stays rotary.
         ranks: By the same, latent dims.
         constants: Whether the result can hold biases; else means are left in the latent.
@@ -54,6 +56,7 @@ class LatentChoice:
     """
 
     sources: Sequence[int]
+    mixtures: Mapping[int, Mixture]
     attended: Mapping[int, Attended]
     kept: Mapping[int, Tensor]
     ranks: Mapping[int, int]
@@ -96,7 +99,8 @@ class LatentChoice:
         Returns:
             Layers with the latent that they read, whoever makes it, and results.
         """
-        found, first = joint(layers, inputs, shares, self.norm), unit[0]
+        first = unit[0]
+        found = joint(layers, inputs, shares, self.norm, found=self.mixtures[first])
         attended, kept, rank = self.attended[first], self.kept[first], self.ranks[first]
         still = still_keys(found.rows, found.mixed, attended.turn, kept, factor**2)
         factors = factored_jointly(found, attended, still, rank, centred=self.constants)
@@ -191,6 +195,7 @@ def choose_latents(
     firsts = [unit[0] for unit in units]
     choice = LatentChoice(
         sources=sources,
+        mixtures=dict(zip(firsts, (one.mixture for one in found), strict=True)),
         attended=dict(zip(firsts, (one.attended for one in found), strict=True)),
         kept=dict(zip(firsts, kept, strict=True)),
         ranks=dict(zip(firsts, (rank for _, rank in chosen), strict=True)),

@@ -22,6 +22,7 @@ from convert.methods.cut import Selection, kept_components, lost_without_turn
 from convert.methods.fitting import second_moments
 from convert.methods.joint import Joint, factored_jointly, joint, shares_of, together
 from convert.methods.latent import still_keys
+from convert.methods.mixing import Mixture, query_energy
 from convert.steps import units_of
 from convert.streams import observe, threads_for
 from convert.targets.dense_blocks import stock_config
@@ -42,10 +43,12 @@ class Survey:
     """What was found of one unit of layers.
 
     Args:
-        attended: What attention makes of its keys.
+        mixture: How its keys become components.
+        attended: What attention makes of them.
         prospect: What it would lose at the sizes that were asked for.
     """
 
+    mixture: Mixture
     attended: Attended
     prospect: Prospect
 
@@ -88,7 +91,7 @@ def survey(
     found = []
     for unit, (layers, seen, power) in zip(units, looks, strict=True):
         prospect = _prospect(layers, seen, pairs, rank=rank, selection=selection, power=power)
-        found.append(Survey(seen, prospect))
+        found.append(Survey(layers.mixture, seen, prospect))
         progress(len(unit))
     return found
 
@@ -136,7 +139,7 @@ def _presumed(
                 layer,
                 found.rows_of(place),
                 found.mixed_for(place),
-                found.energy_of(place),
+                query_energy(found.rows_of(place), found.moment),
                 frequencies,
                 context=min(facts.context, _LONGEST),
                 factors=found.factors,

@@ -23,7 +23,7 @@ from convert.methods.attended import Attended
 from convert.methods.fitting import Observed
 from convert.methods.latent import Factored, factored, value_gram
 from convert.methods.merge import Inputs, augmented, prediction
-from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
+from convert.methods.mixing import Mixed, Mixture, Rows, mixture, query_energy, rows_of
 from convert.methods.normed import factored_whole, mean_factors
 
 __all__ = [
@@ -52,18 +52,18 @@ class Joint:
         layer: All of them as one layer: the heads of the first, of the second, and so on. Its keys
             and values read the first one's input, and query heads each the input of their own.
         rows: Of ``layer``.
+        mixture: How its keys become components.
         mixed: Its keys as components.
         moment: [E', E'] second moment of the first one's input.
-        query_energy: [H, P] of all query heads, without the factor of their norm.
         factors: [H] mean square of what norms multiply scores by; None if there are none.
     """
 
     layers: tuple[AttentionLayer, ...]
     layer: AttentionLayer
     rows: Rows
+    mixture: Mixture
     mixed: Mixed
     moment: Tensor
-    query_energy: Tensor
     factors: Tensor | None
 
     def member(self, place: int) -> AttentionLayer:
@@ -89,10 +89,6 @@ class Joint:
         """The components, as the keys of one of the layers are made of them."""
         return dataclasses.replace(self.mixed, maps=self._part(self.mixed.maps, place))
 
-    def energy_of(self, place: int) -> Tensor:
-        """[H, P] energy of the queries of one of the layers."""
-        return self._part(self.query_energy, place)
-
     def _part(self, heads: Tensor, place: int) -> Tensor:
         return heads.chunk(len(self.layers))[place]
 
@@ -107,6 +103,8 @@ def joint(
     inputs: Inputs | None,
     shares: Sequence[float],
     norm: QkNorm | None = None,
+    *,
+    found: Mixture | None = None,
 ) -> Joint:
     """A unit of layers as one.
 
@@ -115,26 +113,30 @@ def joint(
         inputs: Second moments of their inputs; None takes them as equal and white.
         shares: How much the scores of each layer count beside those of the others.
         norm: Of queries and keys; only one layer alone can have it.
+        found: How their keys become components, if that was found before.
     """
     layer = stacked(layers, inputs)
     rows = rows_of(layer, norm)
     moment = white(layer.geometry.hidden)
     moments = [moment] * len(layers) if inputs is None else list(inputs.own)
-    energy = torch.cat(
+    factors = None if norm is None else mean_factors(layer, norm, moments[0])
+    if found is None:
+        weights = _read_energy(rows, moments, shares)
+        weights = weights if factors is None else weights * factors[:, None]
+        members = weights.reshape(layer.geometry.kv_heads, layer.geometry.group, -1).sum(1)
+        found = mixture(rows, moments[0], members)
+    return Joint(tuple(layers), layer, rows, found, found.of(rows), moments[0], factors)
+
+
+def _read_energy(rows: Rows, moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """[H, P] energy of the queries of all layers, each with its share and its own input."""
+    parts = zip(rows.q.chunk(len(moments)), moments, shares, strict=True)
+    return torch.cat(
         [
-            query_energy(dataclasses.replace(rows, q=q), moment)
-            for q, moment in zip(rows.q.chunk(len(layers)), moments, strict=True)
+            share * query_energy(dataclasses.replace(rows, q=own), moment)
+            for own, moment, share in parts
         ]
     )
-    weights = torch.tensor(shares, dtype=torch.float64).repeat_interleave(
-        len(energy) // len(layers)
-    )
-    factors = None if norm is None else mean_factors(layer, norm, moments[0])
-    weights = weights if factors is None else weights * factors
-    members = weights[:, None] * energy
-    members = members.reshape(layer.geometry.kv_heads, layer.geometry.group, -1).sum(1)
-    found = mixed(rows, moments[0], members)
-    return Joint(tuple(layers), layer, rows, found, moments[0], energy, factors)
 
 
 def stacked(layers: Sequence[AttentionLayer], inputs: Inputs | None) -> AttentionLayer:
@@ -251,6 +253,8 @@ def lost_in_latent(
         factors: The latent, white on the inputs, and its maps.
         centred: Whether constants are left out of it.
     """
+    if len(unit.layers) == 1:
+        return [factors.lost / factors.energy if factors.energy > 0 else 0.0]
     count, used = len(unit.layers), factors.latent.shape[1]  # with norms it reads the constant too
     moment = unit.moment[:used, :used]
     if centred and used < len(unit.moment):

@@ -19,7 +19,7 @@ from convert.methods.attention import plane_order, with_head_order
 from convert.methods.merge import augmented
 from convert.planes import floored, key_covariance
 
-__all__ = ["Mixed", "Rows", "mixed", "query_energy", "rows_of"]
+__all__ = ["Mixed", "Mixture", "Rows", "mixture", "query_energy", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,27 @@ class Rows:
     def turning_k(self) -> Tensor:
         """[Hkv, P, E'] complex."""
         return _complex(self.k, self.planes)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How keys become components and components keys.
+
+    Args:
+        maps: [Hkv, P, n] complex, as of ``Mixed``.
+        inverse: [P, n, Hkv] complex: component j of plane p is what ``inverse[p, j]`` makes of the
+            keys of all heads.
+        energy: [P, n] as of ``Mixed``.
+    """
+
+    maps: Tensor
+    inverse: Tensor
+    energy: Tensor
+
+    def of(self, rows: Rows) -> Mixed:
+        """The components of a layer."""
+        components = torch.einsum("pjg,gpe->pje", self.inverse, rows.turning_k)
+        return Mixed(components, self.maps, self.energy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +116,8 @@ def query_energy(rows: Rows, moment: Tensor) -> Tensor:
     return power.view(len(power), rows.planes, 2).sum(-1)
 
 
-def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
-    """Components of the keys of all planes.
+def mixture(rows: Rows, moment: Tensor, weights: Tensor) -> Mixture:
+    """How the keys of all planes become components.
 
     Args:
         rows: Of the layer.
@@ -107,11 +128,10 @@ def mixed(rows: Rows, moment: Tensor, weights: Tensor) -> Mixed:
     covariance = key_covariance(rows.turning_k, weights, moment)
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    power = floored(values.mT).mT.sqrt()
-    scaled = weights.sqrt()[..., None] * rows.turning_k
-    return Mixed(
-        rows=torch.einsum("pgj,gpe->pje", vectors.conj(), scaled) / power[..., None],
-        maps=(vectors * power[:, None] / weights.sqrt().mT[..., None]).transpose(0, 1),
+    power, root = floored(values.mT).mT.sqrt(), weights.sqrt().mT
+    return Mixture(
+        maps=(vectors * power[:, None] / root[..., None]).transpose(0, 1),
+        inverse=vectors.mH * root[:, None] / power[..., None],
         energy=values,
     )
 

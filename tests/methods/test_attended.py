@@ -16,7 +16,7 @@ from convert.methods import attended as module
 from convert.methods.attended import Attended, attended, presumed
 from convert.methods.cut import lost_without_turn
 from convert.methods.fitting import Observed
-from convert.methods.mixing import Mixed, mixed, query_energy, rows_of
+from convert.methods.mixing import Mixed, mixture, query_energy, rows_of
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, inputs_of, randn, random_layer
 from tests.methods.references import (
@@ -59,7 +59,9 @@ def _case(shape: Shape, **options: Any) -> Case:
     moment = inputs_of([inputs.flatten(0, 1)]).own[0]
     rows = rows_of(layer, norm)
     weights = query_energy(rows, moment).view(shape.kv_heads, shape.group, rows.planes).sum(1)
-    return Case(layer, mixed(rows, moment, weights), observed_of(layer, inputs, **options))
+    return Case(
+        layer, mixture(rows, moment, weights).of(rows), observed_of(layer, inputs, **options)
+    )
 
 
 def _smaller(layer: AttentionLayer) -> AttentionLayer:
@@ -244,7 +246,7 @@ def test_without_text_inputs_are_white_and_attention_falls_with_distance(shape: 
     rows, turning = rows_of(layer), frequencies(planes)
     moment = torch.eye(shape.hidden + 1, dtype=torch.float64)
     weights = query_energy(rows, moment)
-    components = mixed(rows, moment, weights.view(shape.kv_heads, group, planes).sum(1))
+    components = mixture(rows, moment, weights.view(shape.kv_heads, group, planes).sum(1)).of(rows)
     found = presumed(layer, rows, components, weights, turning, context=context)
 
     whole = sum(1 / (1 + d) for d in range(context))

@@ -20,7 +20,7 @@ from convert.methods.latent import (
     value_gram,
     with_idle_pairs,
 )
-from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
+from convert.methods.mixing import Mixed, Rows, mixture, query_energy, rows_of
 from tests.helpers import assert_close, assert_equal
 from tests.methods.layers import (
     Shape,
@@ -79,7 +79,7 @@ def _case(shape: Shape, seed: int = 2) -> Case:
     weights = query_energy(rows, moment).reshape(shape.kv_heads, shape.group, rows.planes).sum(1)
     heads = layer.geometry.heads
     real, imaginary = 0.5 * randn(2, heads, rows.planes, shape.kv_heads, seed=seed + 2)
-    found = mixed(rows, moment, weights)
+    found = mixture(rows, moment, weights).of(rows)
     return Case(layer, rows, found, moment, inputs[:T], torch.complex(real, imaginary))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convert.layer import AttentionLayer
-from convert.methods.mixing import Mixed, Rows, mixed, query_energy, rows_of
+from convert.methods.mixing import Mixed, Rows, mixture, query_energy, rows_of
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, correlated, inputs_of, randn, random_layer
 from tests.methods.references import frequencies, heads_of, original_scores, pairs_of
@@ -42,7 +42,7 @@ def _weights(layer: AttentionLayer, seed: int = 6) -> Tensor:
 
 def _mixed(layer: AttentionLayer, inputs: Tensor, weights: Tensor) -> tuple[Rows, Mixed]:
     rows = rows_of(layer)
-    return rows, mixed(rows, inputs_of([inputs]).own[0], weights)
+    return rows, mixture(rows, inputs_of([inputs]).own[0], weights).of(rows)
 
 
 def _turning(layer: AttentionLayer, part: str, inputs: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def test_phases_of_heads_do_not_matter(shape: Shape) -> None:
     turned_rows = phase[..., None] * rows.turning_k
     pairs = torch.stack([turned_rows.real, turned_rows.imag], 2).flatten(1, 2)
     other = dataclasses.replace(rows, k=torch.cat([pairs, rows.k[:, shape.rope_dim :]], 1))
-    turned = mixed(other, inputs_of([inputs]).own[0], weights)
+    turned = mixture(other, inputs_of([inputs]).own[0], weights).of(other)
     assert_close(turned.energy, found.energy, atol=1e-10 * float(found.energy.max()))
     size = found.maps.abs()
     assert_close(turned.maps.abs(), size, atol=1e-8 * float(size.max()))

@@ -12,7 +12,7 @@ from torch import Tensor
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.fitting import head_outputs, projected
 from convert.methods.latent import still_keys, value_gram
-from convert.methods.mixing import Mixed, Rows, mixed, rows_of
+from convert.methods.mixing import Mixed, Rows, mixture, rows_of
 from convert.methods.normed import factored_whole, mean_factors, normed_form
 from convert.methods.refit_latent import (
     expanded,
@@ -62,7 +62,7 @@ def _case(shape: Shape, norm: QkNorm) -> Case:
     moment = inputs_of([randn(40, shape.hidden, seed=5) + 0.2]).own[0]
     rows = rows_of(layer, norm)
     weights = 1 + randn(shape.kv_heads, rows.planes, seed=7).abs()
-    return Case(layer, inputs, moment, rows, mixed(rows, moment, weights))
+    return Case(layer, inputs, moment, rows, mixture(rows, moment, weights).of(rows))
 
 
 def _converted(case: Case, rank: int, kept: Tensor) -> LatentLayer:

@@ -18,7 +18,7 @@ from convert.methods.attention import Scoring, keys, values
 from convert.methods.cut import kept_components, lost_without_turn
 from convert.methods.fitting import Observed, refit_outcome, second_moments
 from convert.methods.latent import factored, latent_form, still_keys, value_gram, with_idle_pairs
-from convert.methods.mixing import mixed, query_energy, rows_of
+from convert.methods.mixing import mixture, query_energy, rows_of
 from convert.methods.refit_latent import (
     Reading,
     expanded,
@@ -98,7 +98,7 @@ def _case(shape: Shape) -> Case:
     observed = observed_of(original, before)
     moment, rows = second_moments([before]).own[0], rows_of(original)
     weights = query_energy(rows, moment).reshape(shape.kv_heads, shape.group, rows.planes).sum(1)
-    components = mixed(rows, moment, weights)
+    components = mixture(rows, moment, weights).of(rows)
     seen = attended(observed, components)
     (kept,) = kept_components([lost_without_turn(seen)], PAIRS, "greedy", common=False)
     found = factored(
