@@ -284,7 +284,7 @@ def unpredicted(unit: Joint, attended: Attended, inputs: Inputs | None) -> list[
         attended: What attention makes of their keys.
         inputs: Second moments of their inputs; None where they are taken as equal.
     """
-    if inputs is None:
+    if inputs is None or len(unit.layers) == 1:
         return [0.0] * len(unit.layers)
     count, found = len(unit.layers), [0.0]
     gram = value_gram(unit.layer, attended.values)
