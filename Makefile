@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 # the oldest transformers we support, layered over the same environment
 OLDEST := .compat
 WORKERS ?= 2
-# what touches transformers most; the rest of tests/families differs in our own code alone
-ON_OLDEST := $(addprefix tests/,$(addprefix families/test_,unpack.py ladder.py runtime.py cla.py) \
-	kvpatch real test_decoder.py test_verify.py test_evaluate.py)
+# what touches transformers most; the rest of these folders differs in our own code alone
+ON_OLDEST := $(addprefix tests/,\
+	$(addprefix families/test_,unpack.py ladder.py runtime.py cla.py) \
+	$(addprefix kvpatch/test_,config.py generation.py interface.py latent_models.py loading.py \
+		masks.py memory.py patch.py patching.py training.py) \
+	real test_decoder.py test_verify.py test_evaluate.py)
 
 .PHONY: demo test test-oldest lint kernels benchmark clean
 
