@@ -7,9 +7,7 @@ holds is read where it lies.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from kvpatch.errors import UsageError
 from kvpatch.kernels.configs import architecture, config_for, find
 from kvpatch.kernels.device import obstacle, processors
+from kvpatch.kernels.launch import DTYPES, Operands, demand, register, strides
 from kvpatch.kernels.merge import merge_kernel
 from kvpatch.kernels.schedule import MOST_SPLITS, splits_for
 from kvpatch.kernels.split import split_kernel
@@ -28,10 +27,8 @@ __all__ = ["MOST_ROWS", "attention", "latent_attention", "latent_unsupported", "
 MOST_ROWS = 128
 
 _TILE_ROWS = 64  # of the largest tiles in the tables
-_LEAST_BLOCK = 16  # of a matrix product
 _MERGED_COLUMNS = 128
 _MERGED_SPLITS = 16
-_LOG2_E = math.log2(math.e)
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor span, float scale, float? softcap, "
     "Tensor? slopes"
@@ -40,7 +37,6 @@ _LATENT_OPERANDS = (
     "Tensor query, Tensor query_rope, Tensor latent, Tensor key_rope, Tensor span, float scale, "
     "float? softcap, Tensor? key_scale"
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -65,7 +61,7 @@ def latent_unsupported(query: Tensor, query_rope: Tensor, latent: Tensor) -> str
         query_rope: [B, H, T, Dr].
         latent: [B, 1, K, R].
     """
-    sizes = _sizes(query, latent, query_rope=query_rope)
+    sizes = _sizes(query, latent, latent, query_rope)
     return _obstacle("latent_decode", (query, query_rope, latent), sizes)
 
 
@@ -94,9 +90,11 @@ def attention(
         [B, T, H, Dv].
 
     Raises:
-        UsageError: An operand requires a gradient, or is not supported (see ``unsupported``).
+        UsageError: An operand requires a gradient, does not fit the others, or is not supported
+            (see ``unsupported``).
     """
     _refuse_gradients(query, key, value, slopes)
+    Operands(query, key, value, span, scale, softcap, slopes).checked()
     output: Tensor = torch.ops.kvpatch.decode(query, key, value, span, scale, softcap, slopes)
     return output
 
@@ -129,10 +127,11 @@ def latent_attention(
         [B, T, H, R].
 
     Raises:
-        UsageError: An operand requires a gradient, or is not supported (see
-            ``latent_unsupported``).
+        UsageError: An operand requires a gradient, does not fit the others, or is not supported
+            (see ``latent_unsupported``).
     """
     _refuse_gradients(query, query_rope, latent, key_rope, key_scale)
+    _latent(query, query_rope, latent, key_rope, span, scale, softcap, key_scale).checked()
     output: Tensor = torch.ops.kvpatch.latent_decode(
         query, query_rope, latent, key_rope, span, scale, softcap, key_scale
     )
@@ -153,12 +152,12 @@ def _rows(query: Tensor, key: Tensor) -> int:
 
 
 def _sizes(
-    query: Tensor, key: Tensor, value: Tensor | None = None, query_rope: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, query_rope: Tensor | None = None
 ) -> dict[str, int]:
     """What the table of blocks is asked for; widths of operands that are not there are 0."""
     return {
         "dim": query.shape[-1],
-        "value_dim": 0 if value is None else value.shape[-1],
+        "value_dim": 0 if value is key else value.shape[-1],
         "rope_dim": 0 if query_rope is None else query_rope.shape[-1],
         "rows": min(_rows(query, key), _TILE_ROWS),
     }
@@ -166,7 +165,7 @@ def _sizes(
 
 def _obstacle(op: str, operands: tuple[Tensor, ...], sizes: Mapping[str, int]) -> str | None:
     dtypes = {t.dtype for t in operands}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"its dtypes are {', '.join(sorted(map(str, dtypes)))}"
     device = operands[0].device
     reason = obstacle(device)
@@ -177,179 +176,102 @@ def _obstacle(op: str, operands: tuple[Tensor, ...], sizes: Mapping[str, int]) -
     return None
 
 
-def _padded(width: int) -> int:
-    """The power of two that a block of this width has; 0 stays 0."""
-    return max(_LEAST_BLOCK, 1 << (width - 1).bit_length()) if width else 0
-
-
-def _straight(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _demand(reason: str | None) -> None:
-    if reason is not None:
-        raise UsageError(
-            f"this kernel cannot run: {reason}",
-            hint="use another attention implementation, such as sdpa",
-        )
-
-
-def _strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
-    """Arguments ``<name>_<axis>`` for each axis but "_"; 0 without a tensor."""
-    steps = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {f"{name}_{axis}": steps[at] for at, axis in enumerate(axes) if axis != "_"}
-
-
-def _launch(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    span: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    value: Tensor | None = None,
-    query_rope: Tensor | None = None,
-    key_rope: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    """Start the kernels; ``value`` is None where the keys are the values."""
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    sizes = _sizes(query, key, value, query_rope)
-    value_dim = sizes["value_dim"] or dim
+def _run(op: str, operands: Operands) -> Tensor:
+    """Start the kernels; where ``value`` is ``key``, each tile of it is loaded once."""
+    query, key, value = operands.query, operands.key, operands.value
+    batch, kv_heads, keys, _ = key.shape
+    sizes = _sizes(query, key, value, operands.query_rope)
     config = config_for(op, query.device, query.dtype, **sizes)
-
-    output = query.new_empty(batch, queries, heads, value_dim)
+    output = _decode_fake(query, key, value)
     programs = batch * kv_heads * -(-_rows(query, key) // config.block_m)
     if not programs:
         return output
     splits = splits_for(programs, -(-keys // config.block_n), processors(query.device))
     partial, total = output, None
     if splits > 1:
-        total = output.new_empty(batch, queries, heads, splits, dtype=torch.float32)
-        partial = total.new_empty(*total.shape, value_dim)
+        total = output.new_empty(*output.shape[:3], splits, dtype=torch.float32)
+        partial = total.new_empty(*total.shape, value.shape[-1])
 
-    inner, outer = scale * _LOG2_E, 0.0
-    if softcap is not None:
-        inner, outer = -2 * inner / softcap, softcap * _LOG2_E
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        split_kernel[programs * splits,](
-            query=query,
-            key=key,
-            value=value,
-            query_rope=query_rope,
-            key_rope=key_rope,
-            key_scale=key_scale,
-            span=span,
-            slopes=slopes,
-            output=partial,
-            total=total,
-            **_strides("query", "bht", query),
-            **_strides("key", "bhn", key),
-            **_strides("value", "bhn", value),
-            **_strides("query_rope", "bht", query_rope),
-            **_strides("key_rope", "b_n", key_rope),
-            **_strides("key_scale", "bhn", key_scale),
-            **_strides("span", "bt", span),
-            kv_heads=kv_heads,
-            group=heads // kv_heads,
-            scale_group=1 if key_scale is None else heads // key_scale.shape[1],
-            queries=queries,
-            keys=keys,
-            splits=splits,
-            inner=inner,
-            outer=outer,
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            ROPE_DIM=sizes["rope_dim"],
-            BLOCK_D=_padded(dim),
-            BLOCK_V=_padded(value_dim),
-            BLOCK_R=_padded(sizes["rope_dim"]),
-            CAPPED=softcap is not None,
-            BIASED=slopes is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,  # the default of Triton changes with 3.10
-        )
-        if total is not None:
-            merge_kernel[total.shape[:3].numel(), -(-value_dim // _MERGED_COLUMNS)](
-                partial=partial,
-                total=total,
-                output=output,
-                splits=splits,
-                VALUE_DIM=value_dim,
-                BLOCK_V=_MERGED_COLUMNS,
-                BLOCK_SPLITS=_MERGED_SPLITS,
-                MOST_SPLITS=MOST_SPLITS,
-                enable_fp_fusion=True,
-            )
+    arguments = operands.arguments(config)
+    if value is key:
+        arguments |= {"value": None, **strides("value", "bhn", None)}
+    factors = operands.key_scale
+    split_kernel[programs * splits,](
+        **arguments,
+        **strides("key_scale", "bhn", factors),
+        key_scale=factors,
+        output=partial,
+        total=total,
+        kv_heads=kv_heads,
+        scale_group=1 if factors is None else query.shape[1] // factors.shape[1],
+        splits=splits,
+    )
+    if total is not None:
+        _merge(partial, total, output)
     return output
 
 
-def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Tensor,
-    scale: float,
-    softcap: float | None,
-    slopes: Tensor | None,
-) -> Tensor:
-    _demand(unsupported(query, key, value))
-    return _launch(
-        "decode",
-        _straight(query),
-        _straight(key),
-        _straight(span),
-        scale=scale,
-        softcap=softcap,
-        value=_straight(value),
-        slopes=None if slopes is None else _straight(slopes),
+def _merge(partial: Tensor, total: Tensor, output: Tensor) -> None:
+    """Write [B, T, H, Dv] from the same of each split, [B, T, H, splits, Dv]."""
+    value_dim = output.shape[-1]
+    merge_kernel[output.shape[:3].numel(), -(-value_dim // _MERGED_COLUMNS)](
+        partial=partial,
+        total=total,
+        output=output,
+        splits=total.shape[-1],
+        VALUE_DIM=value_dim,
+        BLOCK_V=_MERGED_COLUMNS,
+        BLOCK_SPLITS=_MERGED_SPLITS,
+        MOST_SPLITS=MOST_SPLITS,
+        enable_fp_fusion=True,  # the default of Triton changes with 3.10
     )
 
 
-def _latent_decode(
+def _latent(
     query: Tensor,
-    query_rope: Tensor,
+    query_rope: Tensor | None,
     latent: Tensor,
-    key_rope: Tensor,
+    key_rope: Tensor | None,
     span: Tensor,
     scale: float,
     softcap: float | None,
     key_scale: Tensor | None,
-) -> Tensor:
-    _demand(latent_unsupported(query, query_rope, latent))
-    rotary = query_rope.shape[-1] > 0
-    return _launch(
-        "latent_decode",
-        _straight(query),
-        _straight(latent),
-        _straight(span),
-        scale=scale,
-        softcap=softcap,
-        query_rope=_straight(query_rope) if rotary else None,
-        key_rope=_straight(key_rope) if rotary else None,
+) -> Operands:
+    """Operands of latent attention: the latent is key and value of all heads."""
+    return Operands(
+        query,
+        latent,
+        latent,
+        span,
+        scale,
+        softcap,
+        query_rope=query_rope,
+        key_rope=key_rope,
         key_scale=key_scale,
     )
 
 
+def _decode(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    demand(unsupported(query, key, value))
+    return _run("decode", Operands(query, key, value, *others).straight())
+
+
+def _latent_decode(
+    query: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, *others: Any
+) -> Tensor:
+    demand(latent_unsupported(query, query_rope, latent))
+    rotary = (query_rope, key_rope) if query_rope.shape[-1] else (None, None)
+    return _run("latent_decode", _latent(query, rotary[0], latent, rotary[1], *others).straight())
+
+
 def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1])
+    batch, heads, queries, _dim = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1])
 
 
-def _latent_decode_fake(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.transpose(1, 2).shape)
+def _latent_decode_fake(query: Tensor, query_rope: Tensor, latent: Tensor, *others: Any) -> Tensor:
+    return _decode_fake(query, latent, latent, *others)
 
 
-for _name, _operands, _compute, _fake in (
-    ("kvpatch::decode", _OPERANDS, _decode, _decode_fake),
-    ("kvpatch::latent_decode", _LATENT_OPERANDS, _latent_decode, _latent_decode_fake),
-):
-    torch.library.define(_name, f"({_operands}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_name, ("cpu", "cuda"), _compute)
-    torch.library.register_fake(_name, _fake)
+register("decode", f"({_OPERANDS}) -> Tensor", _decode, _decode_fake)
+register("latent_decode", f"({_LATENT_OPERANDS}) -> Tensor", _latent_decode, _latent_decode_fake)

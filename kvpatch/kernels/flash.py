@@ -9,8 +9,6 @@ The same inputs give the same gradients to the bit: no sum depends on the order 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, NoReturn
 
 import torch
@@ -19,32 +17,15 @@ from torch import Tensor
 from kvpatch.errors import UsageError
 from kvpatch.kernels.configs import architecture, find
 from kvpatch.kernels.device import obstacle
-from kvpatch.kernels.flash_launch import (
-    Operands,
-    forward,
-    grad_of_keys,
-    grad_of_queries,
-    parts_of_group,
-)
+from kvpatch.kernels.flash_launch import forward, grad_of_keys, grad_of_queries, parts_of_group
+from kvpatch.kernels.launch import DTYPES, Operands, demand, register, straight
 
 __all__ = ["attention", "unsupported"]
 
 _OPS = ("flash_forward", "flash_backward_queries", "flash_backward_keys")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor span, float scale, float? softcap, "
     "Tensor? slopes, Tensor? query_rope, Tensor? key_rope"
-)
-
-torch.library.define(
-    "kvpatch::flash_forward",
-    f"({_OPERANDS}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "kvpatch::flash_backward",
-    f"(Tensor grad, Tensor output, Tensor lse, {_OPERANDS}) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -63,7 +44,7 @@ def unsupported(
     reason = obstacle(device)
     if reason is not None:
         return reason
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"its dtype is {dtype}, and kernels compute in float32, float16 and bfloat16"
     arch = architecture(device)
     sizes = {"dim": dim, "value_dim": value_dim, "rope_dim": rope_dim}
@@ -113,7 +94,9 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if query_rope is not None and key_rope is not None:
             query_rope, key_rope = query_rope.to(dtype), key_rope.to(dtype)
-    _check(query, key, value, span, scale, softcap, slopes, query_rope, key_rope)
+    Operands(
+        query, key, value, span, scale, softcap, slopes, query_rope=query_rope, key_rope=key_rope
+    ).checked()
     slopes = None if slopes is None else slopes.float()
     output: Tensor = torch.ops.kvpatch.flash_forward(
         query, key, value, span, scale, softcap, slopes, query_rope, key_rope
@@ -121,84 +104,11 @@ def attention(
     return output
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Tensor,
-    scale: float,
-    softcap: float | None,
-    slopes: Tensor | None,
-    query_rope: Tensor | None,
-    key_rope: Tensor | None,
-) -> None:
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    _expect(key, "key", (batch, kv_heads, keys, dim), query.dtype)
-    _expect(value, "value", (batch, kv_heads, keys, value.shape[-1]), query.dtype)
-    _expect(span, "span", (batch, queries, 2), torch.int32)
-    if heads % kv_heads:
-        raise UsageError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    if (query_rope is None) != (key_rope is None):
-        raise UsageError("query_rope and key_rope come together")
-    if query_rope is not None and key_rope is not None:
-        rope_dim = query_rope.shape[-1]
-        _expect(query_rope, "query_rope", (batch, heads, queries, rope_dim), query.dtype)
-        _expect(key_rope, "key_rope", (batch, 1, keys, rope_dim), query.dtype)
-    if slopes is not None:
-        _expect(slopes, "slopes", (heads,), slopes.dtype)
-        if slopes.requires_grad:
-            raise UsageError("slopes have no gradient here", hint="detach them")
-    if scale <= 0 or (softcap is not None and softcap <= 0):
-        raise UsageError(f"scale {scale} and softcap {softcap} must be greater than 0")
-
-
-def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise UsageError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}, "
-            f"where {dtype} {list(shape)} was expected"
-        )
-
-
-def _straight(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Tensor,
-    scale: float,
-    softcap: float | None,
-    slopes: Tensor | None,
-    query_rope: Tensor | None,
-    key_rope: Tensor | None,
-) -> Operands:
-    reason = unsupported(
-        query.device,
-        query.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        0 if query_rope is None else query_rope.shape[-1],
-    )
-    if reason is not None:
-        raise UsageError(
-            f"fused attention cannot run: {reason}",
-            hint="compute this layer with another attention implementation, such as sdpa",
-        )
-    return Operands(
-        query=_straight(query),
-        key=_straight(key),
-        value=_straight(value),
-        span=_straight(span),
-        scale=scale,
-        softcap=softcap,
-        slopes=None if slopes is None else _straight(slopes),
-        query_rope=None if query_rope is None else _straight(query_rope),
-        key_rope=None if key_rope is None else _straight(key_rope),
-    )
+def _operands(*inputs: Any) -> Operands:
+    """The operands of an op as kernels take them, in the order of its schema."""
+    operands = Operands(*inputs).straight()
+    demand(unsupported(operands.query.device, operands.query.dtype, **operands.sizes))
+    return operands
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -216,7 +126,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
 
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
     operands = _operands(*inputs)
-    grad = _straight(grad)
+    grad = straight(grad)
     query, key, value = operands.query, operands.key, operands.value
     batch, kv_heads, keys, dim = key.shape
     delta = torch.empty_like(lse)
@@ -273,17 +183,6 @@ def _backward_fake(
     return [_by_token(tensor).transpose(1, 2) for tensor in inputs if tensor is not None]
 
 
-def _where_it_lies(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Triton launch on the device of the first operand: a model may be on several."""
-
-    @wraps(compute)
-    def on_device(first: Tensor, *others: Any) -> Any:
-        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return compute(first, *others)
-
-    return on_device
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, span, scale, softcap, slopes, query_rope, key_rope = inputs
     ctx.save_for_backward(query, key, value, span, slopes, query_rope, key_rope, *output)
@@ -308,11 +207,12 @@ def _no_second(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-for _name, _compute, _fake in (
-    ("kvpatch::flash_forward", _forward, _forward_fake),
-    ("kvpatch::flash_backward", _backward, _backward_fake),
-):
-    torch.library.impl(_name, ("cpu", "cuda"), _where_it_lies(_compute))
-    torch.library.register_fake(_name, _fake)
+register("flash_forward", f"({_OPERANDS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+register(
+    "flash_backward",
+    f"(Tensor grad, Tensor output, Tensor lse, {_OPERANDS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
 torch.library.register_autograd("kvpatch::flash_forward", _differentiate, setup_context=_save)
 torch.library.register_autograd("kvpatch::flash_backward", _no_second)

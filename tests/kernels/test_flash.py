@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpatch.kernels import flash, flash_launch
 from kvpatch.kernels.configs import Config, find
+from kvpatch.kernels.launch import Operands
 from tests.kernels.flash_cases import CASES, Case, Problem, problem
 from tests.kernels.measures import assert_close, laid_out_as, with_poison
 
@@ -176,7 +177,7 @@ def test_a_group_in_parts(processors: int, monkeypatch: pytest.MonkeyPatch, devi
     monkeypatch.setattr(flash_launch, "processors", lambda device: processors)
     case = Case(heads=10, kv_heads=2, queries=21, keys=40, rope_dim=16, value_dim=16)
     given = problem(case, torch.float16, device)
-    operands = flash_launch.Operands(
+    operands = Operands(
         **dict.fromkeys(("query_rope", "key_rope")) | given.operands, **given.options
     )
     parts = {2: 1, 4: 2, 64: 5}[processors]  # of 4 programs, and groups of 5 heads
