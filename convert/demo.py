@@ -39,6 +39,7 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("MLA, 25 % of the cache", {"method": "mla", "kv_budget": "25%"}),
     ("MLA, 25 %, calibrated", {"method": "mla", "kv_budget": "25%", **_TEXT}),
     ("MLA, 12.5 %, calibrated", {"method": "mla", "kv_budget": "12.5%", **_TEXT}),
+    ("MLA, 12.5 %, per layer", {"method": "mla", "kv_budget": "12.5%", "per_layer": True, **_TEXT}),
 )
 
 

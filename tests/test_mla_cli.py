@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import read_json
 from convert.checkpoint.scratch import Scratch
+from convert.evaluate import evaluate_checkpoint
 from convert.verify import verify_checkpoint
 from tests.families.stock import full_logits, load, random_ids
 from tests.families.texts import random_text
@@ -49,6 +50,20 @@ def test_a_budget_is_kept(source: Source, tmp_path: Path, target: str, share: fl
     values = after // (4 * 2)  # float32, two layers
     assert values == sizes["rank"] + sizes["rope_dims"] + (target == "native")
     assert sizes["rope_dims"] % 2 == 0
+
+
+def test_without_data_a_budget_goes_to_rotation_first(demo_model: Path, tmp_path: Path) -> None:
+    text = demo_model.parent / "demo-text.txt"
+
+    def kl(name: str, *flags: str) -> float:
+        out = done(demo_model, tmp_path / name, "--target", "kvpatch", *flags)
+        measured = evaluate_checkpoint(out, text, against=demo_model, context=128, samples=16)
+        assert measured.against is not None
+        return measured.against.kl
+
+    chosen = kl("chosen", "--kv-budget", "25%")
+    assert chosen < 0.5 * kl("of rank", "--rank", "48", "--rope-dims", "16")
+    assert chosen < 1.2 * kl("even", "--rank", "32", "--rope-dims", "32")
 
 
 def test_a_budget_without_positions_is_all_rank(source: Source, tmp_path: Path) -> None:
