@@ -12,7 +12,7 @@ ON_OLDEST := $(addprefix tests/,\
 		masks.py memory.py patch.py patching.py training.py) \
 	real test_decoder.py test_verify.py test_evaluate.py)
 
-.PHONY: demo test test-oldest lint kernels benchmark clean
+.PHONY: demo test test-oldest lint docs kernels benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvpatch demo
@@ -27,6 +27,10 @@ lint: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) $(ON_OLDEST)
+
+# docs/api.md, from the docstrings
+docs: $(VENV)/.installed
+	$(BIN)/python docs/api.py
 
 # compiles all kernels for all architectures without a GPU, which takes minutes, and keeps what came
 kernels: $(VENV)/.installed
