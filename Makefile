@@ -28,9 +28,10 @@ lint: $(VENV)/.installed
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) $(ON_OLDEST)
 
-# docs/api.md, from the docstrings
+# docs/api.md from the docstrings, tables of losses from benchmarks/results
 docs: $(VENV)/.installed
 	$(BIN)/python docs/api.py
+	$(BIN)/python docs/tables.py
 
 # compiles all kernels for all architectures without a GPU, which takes minutes, and keeps what came
 kernels: $(VENV)/.installed

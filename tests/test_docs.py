@@ -215,7 +215,19 @@ def test_serving_lists_what_stands_in_the_way() -> None:
 def test_api_page_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs/api.py"))
     assert made["PAGE"].read_text() == made["page"](), "run make docs"
-    assert re.search(r"^docs:.*\n\t.* docs/api.py$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_docs_runs_what_makes_them() -> None:
+    rule = re.search(r"^docs:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert rule is not None
+    made = re.findall(r"python (docs/\w+\.py)", rule[1])
+    assert made == [_name(path) for path in sorted((ROOT / "docs").glob("*.py"))]
+
+
+def test_tables_are_filled_with_what_was_measured() -> None:
+    page = "a\n<!-- quality -->\n| | x | y |\n|---|---|---|\n| A | 9 | 9 |\n<!-- /quality -->\nb\n"
+    filled = runpy.run_path(str(ROOT / "docs/tables.py"))["filled"](page, {("A", "y"): 0.12345})
+    assert filled == page.replace("| A | 9 | 9 |", "| A |  | 0.123 |")
 
 
 @pytest.mark.parametrize("page", DOCS, ids=_name)
