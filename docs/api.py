@@ -133,7 +133,8 @@ def _find(module: str, name: str) -> Definition | None:
 
 
 def _described(node: Definition, name: str) -> list[str]:
-    lines = [f"### `{name}`", "", "```python", *_signature(node), "```", "", *_prose(node)]
+    code = [line.replace("'", '"') for line in _signature(node)]  # as ruff formats it
+    lines = [f"### `{name}`", "", "```python", *code, "```", "", *_prose(node)]
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
