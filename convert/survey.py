@@ -32,10 +32,10 @@ __all__ = ["Survey", "survey"]
 
 _READS = frozenset({"q", "k", "v", "o", "q_norm", "k_norm"})
 # a score is the real part of a complex product, half of its energy; but a lost rotation costs more
-# than a lost direction of the same energy: refits repair less of it (measured: at a sixteenth of the
-# cache half of the loss, against a factor of 1), and white inputs, which are presumed without data,
-# have most of their energy where real ones have none (measured on two models at budgets of a
-# sixteenth to a quarter: a third to a fifth of the loss)
+# than a lost direction of the same energy: refits repair less of it (measured: at a sixteenth of
+# the cache half of the loss, against a factor of 1), and white inputs, which are presumed without
+# data, have most of their energy where real ones have none (measured on two models at budgets of a
+# sixteenth to a quarter: a fifth to four fifths of the loss)
 _TURNING, _TURNING_UNSEEN = 2, 64
 _LONGEST = 4096  # tokens of distance that are presumed at most
 
