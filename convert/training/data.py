@@ -22,7 +22,9 @@ __all__ = ["IGNORED", "Batch", "Encoder", "Piece", "Sequences", "pieces_of", "st
 
 IGNORED = -100  # no target
 _PIECE = 1 << 16  # characters of a long text that are tokenised at a time
-_BLOCK = 256  # sequences that are shuffled among themselves
+# what is shuffled among itself, since neighbours in a text are of one subject: tokens, and at least
+# so many sequences
+_BLOCK_TOKENS, _BLOCK = 1 << 20, 256
 
 
 class Piece(NamedTuple):
@@ -116,7 +118,8 @@ class Sequences:
         pieces: Reads the text from its beginning.
         encode: Makes tokens of a piece.
         context: Tokens of a sequence.
-        seed: Order within blocks of 256 sequences; None leaves them in the order of the text.
+        seed: Order within blocks of a million tokens or 256 sequences, if that is more, and within
+            an epoch; None leaves them in the order of the text.
         packed: Sequences hold several documents; else one each, padded with token 0.
         what: Name of the text, for messages.
     """
@@ -192,15 +195,18 @@ class Sequences:
     def _fill(self) -> None:
         self._start = {**self._at, "ids": list(self._at["ids"]), "begins": list(self._at["begins"])}
         block: list[Batch] = []
-        while len(block) < _BLOCK:
+        most = max(_BLOCK, _BLOCK_TOKENS // self._context)
+        while len(block) < most:
             cut = self._cut()
             if cut is not None:
                 block.append(cut)
-            elif not self._read() and not block:
+            elif not self._read():
+                if block:
+                    break
                 self._check_progress()
         if self._seed is not None:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._at["block"])
-            block = [block[i] for i in torch.randperm(_BLOCK, generator=generator).tolist()]
+            block = [block[i] for i in torch.randperm(len(block), generator=generator).tolist()]
         self._at["block"] += 1
         self._block, self._taken = block, 0
 

@@ -59,11 +59,21 @@ def test_unpacked_sequences_hold_one_document_each() -> None:
 def test_every_token_of_the_text_comes_once_before_it_begins_anew() -> None:
     documents = [chr(97 + index % 26) * (index % 7 + 1) for index in range(300)]
     whole = "".join(documents)
-    sequences = _stream(documents, seed=3).take(256)
-    assert sorted(_text(s.tokens[0]) for s in sequences) == sorted(
-        (whole * 3)[start : start + 8] for start in range(0, 256 * 8, 8)
-    )
-    assert _text(sequences[0].tokens[0]) != whole[:8]
+    epoch = len(whole) // 8
+    sequences = [_text(s.tokens[0]) for s in _stream(documents, seed=3).take(2 * epoch)]
+    chunks = [(whole * 2)[start : start + 8] for start in range(0, 2 * epoch * 8, 8)]
+    assert sorted(sequences[:epoch]) == sorted(chunks[:epoch])
+    assert sorted(sequences[epoch:]) == sorted(chunks[epoch:])
+    assert sequences[:epoch] != chunks[:epoch]
+
+
+def test_neighbours_in_a_long_text_are_far_apart() -> None:
+    count = 5000
+    stream = _stream(["".join(chr(1000 + index) * 8 for index in range(count))], seed=0)
+    first = torch.tensor([int(s.tokens[0, 0]) - 1000 for s in stream.take(500)], dtype=torch.float)
+    # of numbers that are even over the whole text, with an error of 65 and 33
+    assert abs(first.mean() - count / 2) < 260
+    assert abs(first.std() - count / 12**0.5) < 130
 
 
 @pytest.mark.parametrize("packed", [True, False])
