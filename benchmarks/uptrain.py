@@ -87,7 +87,7 @@ RUNS = (
 def main() -> None:
     """Train, write ``results/uptrain.json`` and its plot, and print a line for each run."""
     arguments = _arguments()
-    runs = [run for run in RUNS if not arguments.only or any(w in run.name for w in arguments.only)]
+    runs = [run for run in RUNS if not arguments.only or run.name in arguments.only]
     if arguments.search:
         _search(runs, arguments)
         return
@@ -265,7 +265,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="Folder with models/ and text/.")
     parser.add_argument("--work", type=Path, required=True, help="Folder for starts and state.")
-    parser.add_argument("--only", nargs="+", help="Runs whose names hold one of these.")
+    parser.add_argument("--only", nargs="+", help="Runs of these names.")
     parser.add_argument("--search", action="store_true", help="Short runs at several rates.")
     parser.add_argument("--rates", type=float, nargs="+", default=_RATES, help="For the search.")
     parser.add_argument("--tokens", type=int, default=40_960, help="Of a run of the search.")
