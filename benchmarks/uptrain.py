@@ -112,8 +112,8 @@ def _same(row: Mapping[str, Any], run: Run) -> bool:
 
 def _conditions() -> dict[str, str]:
     return {
-        "training": f"batches of {BATCH} x {CONTEXT} tokens of the training text, AdamW, cosine; KL "
-        "to the source, and in the first half the error of hidden states too, weighted 100",
+        "training": f"batches of {BATCH} x {CONTEXT} tokens of the training text, shuffled, AdamW, "
+        "cosine; KL to the source, and in the first half the error of hidden states, weighted 100",
         "source": "its control is trained on the text alone, by cross entropy",
         "measured": f"on {HELD} windows of {CONTEXT} tokens of the validation text, the first ones",
         "calibration": f"{SAMPLES} windows of {CONTEXT} tokens of the training text, seed 0",

@@ -59,9 +59,9 @@ def test_unpacked_sequences_hold_one_document_each() -> None:
 def test_every_token_of_the_text_comes_once_before_it_begins_anew() -> None:
     documents = [chr(97 + index % 26) * (index % 7 + 1) for index in range(300)]
     whole = "".join(documents)
-    epoch = len(whole) // 8
-    sequences = [_text(s.tokens[0]) for s in _stream(documents, seed=3).take(2 * epoch)]
-    chunks = [(whole * 2)[start : start + 8] for start in range(0, 2 * epoch * 8, 8)]
+    epoch, both = len(whole) // 8, 2 * len(whole) // 8
+    sequences = [_text(s.tokens[0]) for s in _stream(documents, seed=3).take(both)]
+    chunks = [(whole * 2)[start : start + 8] for start in range(0, both * 8, 8)]
     assert sorted(sequences[:epoch]) == sorted(chunks[:epoch])
     assert sorted(sequences[epoch:]) == sorted(chunks[epoch:])
     assert sequences[:epoch] != chunks[:epoch]
