@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,16 +28,31 @@ from convert.methods.mixing import Mixed, Rows, rows_of
 from convert.methods.refit_latent import expanded
 from convert.streams import ready, scoring_of
 
-__all__ = ["published_loss"]
+__all__ = ["Published", "published_loss"]
 
 _PARTS = frozenset({"q", "k", "v", "o"})
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the published method loses.
+
+    Args:
+        source_perplexity: Of the source.
+        perplexity: Of its conversion.
+        kl: Nats per token of the conversion from the source.
+    """
+
+    source_perplexity: float
+    perplexity: float
+    kl: float
 
 
 @torch.no_grad()
 def published_loss(
     source: Path, calibration: Tensor, text: Tensor, *, rank: int, pairs: int
-) -> tuple[float, float]:
-    """Perplexity of the source and of the conversion, on windows [N, T] of a text.
+) -> Published:
+    """What the conversion of a source loses on windows [N, T] of a text.
 
     Args:
         source: A Llama checkpoint.
@@ -62,7 +78,9 @@ def published_loss(
                 scoring = scoring_of(facts, number, decoder, text.shape[1])
                 outputs = _outputs(latent, scoring, block.attention_inputs(converted))
                 converted = block.run_all_with(converted, outputs)
-    return _perplexity(stock, original[count:], text), _perplexity(stock, converted, text)
+    truth, found = (_log_probabilities(stock, h) for h in (original[count:], converted))
+    kl = torch.nn.functional.kl_div(found, truth, log_target=True, reduction="none").sum(-1).mean()
+    return Published(_perplexity(truth, text), _perplexity(found, text), float(kl))
 
 
 def _published(
@@ -119,7 +137,12 @@ def _outputs(latent: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
     return projected(layer, head_outputs(layer, part, inputs, shared))
 
 
-def _perplexity(stock: torch.nn.Module, hidden: Tensor, text: Tensor) -> float:
-    logits = stock.get_submodule("lm_head")(stock.get_submodule("model.norm")(hidden))
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+def _log_probabilities(stock: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """[N, T - 1, V] of the tokens after the first of each window."""
+    logits: Tensor = stock.get_submodule("lm_head")(stock.get_submodule("model.norm")(hidden))
+    return logits[:, :-1].log_softmax(-1)
+
+
+def _perplexity(found: Tensor, text: Tensor) -> float:
+    loss = torch.nn.functional.nll_loss(found.flatten(0, 1), text[:, 1:].flatten())
     return math.exp(float(loss))

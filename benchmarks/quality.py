@@ -42,14 +42,38 @@ _CLA_STEPS: Mapping[str, Mapping[str, Any]] = {
     "+ refit qo": {"merge": "svd", "refit": "qo"},
 }
 
-
 # rank and rotary dims of 25, 12.5 and 6.25 % of the 512 KV values per token and layer
 _LATENTS = {"MLA 25 %": (96, 32), "MLA 12.5 %": (32, 32), "MLA 6.25 %": (16, 16)}
+# at this rank a latent holds the whole input, and with all planes of all heads every key turns
+_HIDDEN, _ALL_PLANES = 256, 256
 _MLA_STEPS: Mapping[str, Mapping[str, Any]] = {
     "data-free": {},
-    "cut alone": {"refit": "none"},
+    "cut alone": {"refit": "none", "rank": _HIDDEN},
     "calibrated": {"refit": "none"},
+    "+ refit q": {"refit": "q"},
     "+ refit qo": {"refit": "qo"},
+}
+_STAGES = {
+    "mixing alone": "complex mixing, every component rotary, a latent of the hidden width",
+    "cut alone": "mixed and cut, a latent of the hidden width",
+    "calibrated": "mixed, cut and factored",
+    "+ refit q": "then queries, the rotary key and the maps from latents to keys refitted",
+    "+ refit qo": "then values and the output projection too",
+    "one table": "the same with as many pairs of each frequency in all layers, which one table of "
+    "frequencies needs: the next row exported to kvpatch, which has no norm",
+    "emitted": "the same as a DeepseekV3ForCausalLM: its norm, and the constant dim that keeps it "
+    "from doing anything, are what it has beside the row before",
+}
+_LAYERS_STEPS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("25 %", "one split"): {},
+    ("25 %", "per layer"): {"per_layer": True},
+    ("12.5 %", "one split"): {},
+    ("12.5 %", "per layer, calibrated"): {"per_layer": True, "refit": "none"},
+    ("12.5 %", "per layer"): {"per_layer": True},
+    ("12.5 %", "share 2"): {"share": 2},
+    ("6.25 %", "one split"): {},
+    ("6.25 %", "per layer"): {"per_layer": True},
+    ("6.25 %", "share 2"): {"share": 2},
 }
 
 
@@ -64,7 +88,12 @@ def main() -> None:
             "windows": f"of {CONTEXT} tokens of the validation text, the first ones",
             "calibration": f"{SAMPLES} windows of {CONTEXT} tokens of the training text, seed 0",
             "lost": "nats per token over the source",
+            "kl": "nats per token from the source, mean over tokens",
+            "kv_bytes": "per token, in all layers of the result together",
             "seconds": "the whole conversion in one process, imports aside",
+            "stages": _STAGES,
+            "mla-layers": "a share of the cache, with refits qo unless calibrated alone: one split "
+            "for all layers, one for each layer, or one latent for 2 layers",
         },
         "rows": kept,
     }
@@ -76,7 +105,8 @@ def main() -> None:
                 path = write_result("quality", result)  # after each row: the whole takes long
                 sys.stderr.write(
                     f"{row['model']} {row['what']:16s} {row['step']:16s} lost {row['lost']:.4f} "
-                    f"nats, perplexity {row['perplexity']:.2f}, {row['seconds']:.0f} s\n"
+                    f"nats, KL {row['kl']:.2g}, perplexity {row['perplexity']:.2f}, "
+                    f"{row['seconds']:.0f} s\n"
                 )
     sys.stdout.write(f"{path}\n")
 
@@ -141,13 +171,39 @@ def _cla(place: _Place) -> Iterator[dict[str, Any]]:
 
 
 def _mla(place: _Place) -> Iterator[dict[str, Any]]:
+    whole = {"rank": _HIDDEN, "rope_dims": _ALL_PLANES, "refit": "none", "target": "kvpatch"}
+    yield _row(place, _CLASSICS, 32, "MLA", "mixing alone", {"method": "mla", **whole})
     for what, (rank, rope) in _LATENTS.items():
         yield _published_row(place, what, rank, rope)
+        sizes = {"method": "mla", "rank": rank, "rope_dims": rope}
         for step, keys in _MLA_STEPS.items():
-            recipe = {"method": "mla", "rank": rank, "rope_dims": rope, "target": "kvpatch", **keys}
-            if step == "cut alone":
-                recipe["rank"] = 256  # the hidden width: the latent loses nothing
-            yield _row(place, _CLASSICS, 32, what, step, recipe)
+            yield _row(place, _CLASSICS, 32, what, step, {**sizes, "target": "kvpatch", **keys})
+        yield from _emitted_rows(place, what, sizes)
+
+
+def _emitted_rows(place: _Place, what: str, sizes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the class of transformers costs: one table of frequencies, and a norm made inert."""
+    from convert import convert, make_recipe
+
+    conversion = {**sizes, "refit": "qo", "target": "native"}
+    stock, seconds = _converted(place, _CLASSICS, conversion, calibrated=True)
+    ours = place.work / "exported"
+    export = {"method": "export", "target": "kvpatch"}
+    convert(make_recipe({"source": str(stock), "output": str(ours), **export}))
+    for step, out in (("one table", ours), ("emitted", stock)):
+        yield {
+            "what": what,
+            "step": step,
+            **_measured(place, _CLASSICS, 32, out),
+            "seconds": seconds,
+        }
+
+
+def _mla_layers(place: _Place) -> Iterator[dict[str, Any]]:
+    for (budget, step), keys in _LAYERS_STEPS.items():
+        recipe = {"method": "mla", "kv_budget": budget.replace(" ", ""), "refit": "qo", **keys}
+        recipe["target"] = "kvpatch"
+        yield _row(place, _CLASSICS, 32, f"MLA {budget}", step, recipe)
 
 
 def _published_row(place: _Place, what: str, rank: int, rope: int) -> dict[str, Any]:
@@ -159,15 +215,16 @@ def _published_row(place: _Place, what: str, rank: int, rope: int) -> dict[str, 
     started = time.perf_counter()
     read = windows_from(source, train, samples=SAMPLES, context=CONTEXT, seed=0)
     held = _first_windows(source, valid, 32)
-    before, after = published_loss(source, read.tokens, held, rank=rank, pairs=rope // 2)
+    found = published_loss(source, read.tokens, held, rank=rank, pairs=rope // 2)
     return {
         "model": source.name,
         "what": what,
         "step": "published",
         "windows": 32,
-        "source_perplexity": before,
-        "perplexity": after,
-        "lost": math.log(after / before),
+        "source_perplexity": found.source_perplexity,
+        "perplexity": found.perplexity,
+        "lost": math.log(found.perplexity / found.source_perplexity),
+        "kl": found.kl,
         "seconds": time.perf_counter() - started,
     }
 
@@ -180,34 +237,50 @@ def _first_windows(source: Path, text: Path, count: int) -> Any:
     return tensor(tokens["input_ids"][: count * CONTEXT]).view(count, CONTEXT)
 
 
-_PARTS = {"gqa": _gqa, "small": _small, "cla": _cla, "mla": _mla}
+_PARTS = {"gqa": _gqa, "small": _small, "cla": _cla, "mla": _mla, "mla-layers": _mla_layers}
 
 
 def _row(  # noqa: PLR0917 - one line for each conversion reads best
     place: _Place, model: str, windows: int, what: str, step: str, recipe: Mapping[str, Any]
 ) -> dict[str, Any]:
+    free = "data-free" in step or recipe.get("merge", "svd") != "svd"
+    out, seconds = _converted(place, model, recipe, calibrated=not free)
+    measured = _measured(place, model, windows, out)
+    return {"what": what, "step": step, **measured, "seconds": seconds}
+
+
+def _converted(
+    place: _Place, model: str, recipe: Mapping[str, Any], *, calibrated: bool
+) -> tuple[Path, float]:
+    """The folder of a conversion, and the seconds it took."""
     from convert import convert, make_recipe
+
+    source, (train, _), out = place.model(model), place.texts(model), place.work / "out"
+    text = {"calibration": str(train), "samples": SAMPLES, "context": CONTEXT}
+    paths = {"source": str(source), "output": str(out)}
+    started = time.perf_counter()
+    convert(make_recipe({**paths, **(text if calibrated else {}), **recipe}))
+    return out, time.perf_counter() - started
+
+
+def _measured(place: _Place, model: str, windows: int, out: Path) -> dict[str, Any]:
+    """What a conversion lost; its folder is removed."""
+    from convert.checkpoint.manifest import read_manifest
     from convert.evaluate import evaluate_checkpoint
 
-    source, (train, valid), out = place.model(model), place.texts(model), place.work / "out"
-    free = "data-free" in step or recipe.get("merge", "svd") != "svd"
-    keys = {} if free else {"calibration": str(train), "samples": SAMPLES, "context": CONTEXT}
-    started = time.perf_counter()
-    convert(make_recipe({"source": str(source), "output": str(out), **keys, **recipe}))
-    seconds = time.perf_counter() - started
-    measured = evaluate_checkpoint(out, valid, against=source, context=CONTEXT, samples=windows)
+    source, (_, valid) = place.model(model), place.texts(model)
+    found = evaluate_checkpoint(out, valid, against=source, context=CONTEXT, samples=windows)
+    _, after = read_manifest(out)["kv_cache"]["bytes_per_token"]
     shutil.rmtree(out)
-    assert measured.against is not None
+    assert found.against is not None
     return {
         "model": source.name,
-        "what": what,
-        "step": step,
         "windows": windows,
-        "source_perplexity": measured.against.perplexity,
-        "perplexity": measured.perplexity,
-        "lost": measured.nll - math.log(measured.against.perplexity),
-        "kl": measured.against.kl,
-        "seconds": seconds,
+        "source_perplexity": found.against.perplexity,
+        "perplexity": found.perplexity,
+        "lost": found.nll - math.log(found.against.perplexity),
+        "kl": found.against.kl,
+        "kv_bytes": after,
     }
 
 

@@ -124,9 +124,10 @@ def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> N
         return
     name, whole = facts.family.model_type, most_dims(facts).rope_dims
     if not whole:
+        none = "--rope-dims 0" if recipe.kv_budget is None else f"--kv-budget {sizes.rank}+0"
         raise UsageError(
             f"{rope}: this {name} model has no rotary positions",
-            hint="Give --rope-dims 0: all of its keys go into the latent.",
+            hint=f"Give {none}: all of its keys go into the latent.",
         )
     one = recipe.rope_select != "greedy"
     raise UsageError(

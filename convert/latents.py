@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convert.facts import ModelFacts
 from convert.latent_sizes import Sizes, constant_dims
-from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Method, Outline
 from convert.methods.joint import reader
 from convert.recipe import MlaRecipe
@@ -164,14 +164,7 @@ def _outlined(
     rank, rope = sizes.rank, sizes.rope_dims
     width = g.head_dim + (0 if normed else rope)
     return LatentLayer(
-        geometry=LatentGeometry(
-            hidden=g.hidden,
-            heads=g.heads,
-            rank=rank,
-            nope_dim=g.head_dim,
-            rope_dim=rope,
-            value_dim=g.value_dim,
-        ),
+        geometry=g.latent(rank, rope),
         q=zeros(g.heads, width, g.hidden),
         latent=zeros(rank, g.hidden),
         k_rope=zeros(rope, g.hidden),

@@ -74,6 +74,17 @@ class Geometry:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
 
+    def latent(self, rank: int, rope_dim: int) -> LatentGeometry:
+        """Sizes of the same heads as they read a latent."""
+        return LatentGeometry(
+            hidden=self.hidden,
+            heads=self.heads,
+            rank=rank,
+            nope_dim=self.head_dim,
+            rope_dim=rope_dim,
+            value_dim=self.value_dim,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayer:

@@ -183,8 +183,10 @@ def _sources(
     if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
         return range(facts.layers)
     assert recipe.layers is not None
+    auto = isinstance(recipe, ClaRecipe)  # which knows it
     if not isinstance(recipe, ClaRecipe) or recipe.layers != "auto":
-        return uniform_plan(facts, recipe.share, *parse_layers(recipe.layers, facts.layers))
+        span = parse_layers(recipe.layers, facts.layers, auto=auto)
+        return uniform_plan(facts, recipe.share, *span, auto=auto)
     return choose_plan(
         checkpoint,
         facts,

@@ -37,13 +37,6 @@ TARGET = Field(
     None, description="Class of transformers or of kvpatch; the former where one holds the result."
 )
 
-Architecture = Annotated[
-    Literal["deepseek_v3", "youtu"], Field(description="Stock class of a native result.")
-]
-Serving = Annotated[
-    bool, Field(description="Write the bias-free form that servers of DeepSeek models load.")
-]
-
 
 class _Conversion(BaseModel):
     """Keys that every conversion has; each is a flag of the same name."""
@@ -67,6 +60,27 @@ class _Conversion(BaseModel):
     def planned_from_headers(self) -> bool:
         """Whether the plan needs the shapes of the weights alone, and not what is in them."""
         return True
+
+
+class _Latent(_Conversion):
+    """Keys of conversions whose results have latents."""
+
+    arch: Literal["deepseek_v3", "youtu"] = Field(
+        "deepseek_v3", description="Stock class of a native result."
+    )
+    serving: bool = Field(
+        False, description="Write the bias-free form that servers of DeepSeek models load."
+    )
+
+    @property
+    def kv_heads(self) -> None:
+        """A latent has no heads."""
+        return
+
+    @property
+    def merge(self) -> None:
+        """Nothing is merged."""
+        return
 
 
 class _Calibrated(_Conversion):
@@ -183,7 +197,7 @@ class ClaRecipe(_Merging):
         return
 
 
-class MlaRecipe(_Calibrated):
+class MlaRecipe(_Calibrated, _Latent):
     """Factor keys and values of every layer into one latent and one rotary key per token."""
 
     method: Literal["mla"] = "mla"
@@ -205,23 +219,11 @@ class MlaRecipe(_Calibrated):
         None, description="With share: layers that take part, FIRST:END; all if not given."
     )
     target: TargetName | None = TARGET
-    arch: Architecture = "deepseek_v3"
-    serving: Serving = False
 
     @property
     def planned_from_headers(self) -> bool:
         """How a share of the cache is split depends on what each split would lose."""
         return self.kv_budget is None or isinstance(parse_budget(self.kv_budget), tuple)
-
-    @property
-    def kv_heads(self) -> None:
-        """A latent has no heads."""
-        return
-
-    @property
-    def merge(self) -> None:
-        """Nothing is merged."""
-        return
 
     @model_validator(mode="after")
     def _sizes_are_given(self) -> Self:
@@ -272,28 +274,16 @@ class MlaRecipe(_Calibrated):
         return self
 
 
-class ExportRecipe(_Conversion):
+class ExportRecipe(_Latent):
     """Write a model with latents in another form, without changing what it computes."""
 
     method: Literal["export"] = "export"
     target: TargetName = Field(description="Class of transformers or of kvpatch.")
-    arch: Architecture = "deepseek_v3"
-    serving: Serving = False
 
     @property
     def planned_from_headers(self) -> bool:
         """What the target can hold depends on biases and norms."""
         return False
-
-    @property
-    def kv_heads(self) -> None:
-        """A latent has no heads."""
-        return
-
-    @property
-    def merge(self) -> None:
-        """Nothing is merged."""
-        return
 
     @property
     def calibration(self) -> None:

@@ -121,18 +121,15 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
-    normed = facts.qk_norm is not None
-    if normed and recipe.share is not None:
+    if facts.qk_norm is not None and recipe.share is not None:
         raise UsageError(
             f"--share {recipe.share} does not work here: this {facts.family.model_type} model "
             "norms its keys, which gives those of each layer a factor of their own, and what is "
             "shared holds the factors of one layer",
             hint="Leave --share out, or share keys and values: kvpatch cla.",
         )
-    refit = recipe.refit or ("none" if recipe.calibration is None else "o" if normed else "qo")
-    _check_query_refit(refit, facts)
     return {
-        "refit": refit,
+        "refit": recipe.refit or ("none" if recipe.calibration is None else "qo"),
         "target": recipe.target if recipe.uneven is None else "kvpatch",
         "layers": recipe.layers if recipe.share is None else recipe.layers or ":",
     }

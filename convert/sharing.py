@@ -14,8 +14,13 @@ from kvpatch.errors import UsageError
 __all__ = ["best_plan", "can_share", "groups_up_to", "parse_layers", "uniform_plan"]
 
 
-def parse_layers(text: str, layers: int) -> tuple[int, int]:
+def parse_layers(text: str, layers: int, *, auto: bool = True) -> tuple[int, int]:
     """First layer and end of a range such as ``8:24``; either side may be left out.
+
+    Args:
+        text: The range.
+        layers: Of the model.
+        auto: Whether the command knows ``--layers auto`` too.
 
     Raises:
         UsageError: If it is no range of the model's layers.
@@ -28,11 +33,13 @@ def parse_layers(text: str, layers: int) -> tuple[int, int]:
             return first, end
     raise UsageError(
         f"--layers {text} is no range of the {layers} layers of this model",
-        hint=f"Give --layers FIRST:END such as 0:{layers}, or auto.",
+        hint=f"Give --layers FIRST:END such as 0:{layers}{', or auto' if auto else ''}.",
     )
 
 
-def uniform_plan(facts: ModelFacts, share: int, first: int, end: int) -> tuple[int, ...]:
+def uniform_plan(
+    facts: ModelFacts, share: int, first: int, end: int, *, auto: bool = True
+) -> tuple[int, ...]:
     """Groups of ``share`` adjacent layers; a first, shorter group takes what does not divide.
 
     That is where Brandon et al. (arXiv:2405.12981, figure 2) put it, so that layer 0, whose keys
@@ -43,6 +50,7 @@ def uniform_plan(facts: ModelFacts, share: int, first: int, end: int) -> tuple[i
         share: Layers for each set of keys and values.
         first: First layer that takes part.
         end: Layer after the last that does.
+        auto: Whether the command knows ``--layers auto`` too.
 
     Raises:
         UsageError: If two layers of a group are of different kinds.
@@ -62,7 +70,9 @@ def uniform_plan(facts: ModelFacts, share: int, first: int, end: int) -> tuple[i
             raise UsageError(
                 f"layers {start} and {wrong[0]} of this model cannot share keys and values: one "
                 "has another window or other positions",
-                hint="Choose --layers auto, which shares between layers of one kind alone.",
+                hint="Choose --layers auto, which shares between layers of one kind alone."
+                if auto
+                else "Give --share and --layers FIRST:END so that layers of one kind share.",
             )
     return tuple(sources)
 

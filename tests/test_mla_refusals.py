@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,34 @@ def test_flags_that_cannot_be_followed_are_refused(
     assert (run.code, run.out) == (2, ""), run.err
     assert reason in run.err
     assert not contents(tmp_path)
+
+
+_MENDED: dict[str, tuple[str, tuple[object, ...], tuple[object, ...]]] = {
+    "range": (
+        "llama",
+        (*SMALL, "--share", 2, "--layers", "1:9"),
+        (*SMALL, "--share", 2, "--layers", "0:2"),
+    ),
+    "kinds": (
+        "smollm3",
+        (*SMALL, "--share", 4),
+        (*SMALL, "--share", 2, "--layers", "0:2"),
+    ),
+    "no-rope": ("gpt2", ("--kv-budget", "24+8"), ("--kv-budget", "24+0")),
+    "no-rope-sizes": ("gpt2", SMALL, ("--rank", 24, "--rope-dims", 0)),
+}
+
+
+@pytest.mark.parametrize("case", _MENDED)
+def test_a_hint_leads_to_what_works(source: Source, tmp_path: Path, case: str) -> None:
+    """Its flags are those of the mended command, and it says nothing of values that are refused."""
+    name, flags, mended = _MENDED[case]
+    _, hint = mla(source(name), tmp_path / "out", *flags).err.splitlines()
+    assert "auto" not in hint
+    advised = re.findall(r"--[a-z-]+", hint)
+    assert advised
+    assert set(advised) <= set(mended)
+    assert mla(source(name), tmp_path / "out", *mended).code == 0
 
 
 def test_a_result_is_not_converted_again(source: Source, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def test_neighbours_with_other_windows_do_not_share() -> None:
     with pytest.raises(UsageError, match="layers 1 and 2 of this model cannot share") as caught:
         uniform_plan(facts, 2, 1, 5)
     assert "--layers auto" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="layers 1 and 2") as caught:
+        uniform_plan(facts, 2, 1, 5, auto=False)
+    assert "auto" not in str(caught.value.hint)
     assert can_share(facts, 0, 4)
     assert not can_share(facts, 0, 2)
 
@@ -174,7 +177,10 @@ def test_what_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no range of the 8 layers") as caught:
         parse_layers(text, 8)
     assert f"--layers {text} " in str(caught.value)
-    assert "0:8" in str(caught.value.hint)
+    assert str(caught.value.hint) == "Give --layers FIRST:END such as 0:8, or auto."
+    with pytest.raises(UsageError) as caught:
+        parse_layers(text, 8, auto=False)
+    assert str(caught.value.hint) == "Give --layers FIRST:END such as 0:8."
 
 
 def test_a_single_layer_has_none_to_share_with() -> None:

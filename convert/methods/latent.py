@@ -27,6 +27,8 @@ __all__ = [
     "factored",
     "latent_form",
     "output_bias",
+    "readers",
+    "rotary_key",
     "still_keys",
     "value_gram",
     "with_idle_pairs",
@@ -59,6 +61,21 @@ class Factored:
     def lost(self) -> float:
         """Energy that the latent leaves out."""
         return max(0.0, self.energy - float(self.kept.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryKey:
+    """The components of keys that stay rotary, as pairs of one key.
+
+    Args:
+        rows: [Dr, E'].
+        maps: [Hkv, Dr / 2] complex, as of ``Mixed``.
+        planes: [Dr / 2] plane of each pair.
+    """
+
+    rows: Tensor
+    maps: Tensor
+    planes: Tensor
 
 
 def still_keys(rows: Rows, mixed: Mixed, turn: Tensor, kept: Tensor, factor: float) -> Tensor:
@@ -153,36 +170,35 @@ def latent_form(
         factored: The rest.
         scale: Factor on its scores.
     """
-    geometry = layer.geometry
-    o = _wide(layer.o)
-    own = torch.arange(geometry.heads) // geometry.group
-    planes, component = kept.nonzero(as_tuple=True)
-    key = mixed.rows[planes, component]
-    query = mixed.maps[own][:, planes, component].conj()[..., None] * rows.turning_q[:, planes]
-    q = torch.cat([rows.q, _pairs(query, 1)], 1)
-    k_rope = _pairs(key, 0)
-    v_up = factored.v_up[own]
+    own, key = readers(layer), rotary_key(mixed, kept)
+    asked = rows.turning_q[:, key.planes]
+    q = torch.cat([rows.q, _pairs(key.maps[own].conj()[..., None] * asked, 1)], 1)
     return LatentLayer(
-        geometry=LatentGeometry(
-            hidden=geometry.hidden,
-            heads=geometry.heads,
-            rank=len(factored.latent),
-            nope_dim=geometry.head_dim,
-            rope_dim=len(k_rope),
-            value_dim=geometry.value_dim,
-        ),
+        geometry=layer.geometry.latent(len(factored.latent), len(key.rows)),
         q=q[..., :-1],
         latent=factored.latent,
-        k_rope=k_rope[:, :-1],
+        k_rope=key.rows[:, :-1],
         k_up=factored.k_up,
-        v_up=v_up,
-        o=o,
+        v_up=factored.v_up[own],
+        o=_wide(layer.o),
         q_bias=None if layer.q_bias is None else q[..., -1],
-        k_rope_bias=None if layer.k_bias is None else k_rope[:, -1],
+        k_rope_bias=None if layer.k_bias is None else key.rows[:, -1],
         o_bias=output_bias(layer, factored.v_constant[own]),
-        planes=tuple(planes.tolist()),
+        planes=tuple(key.planes.tolist()),
         scale=scale,
     )
+
+
+def rotary_key(mixed: Mixed, kept: Tensor) -> RotaryKey:
+    """The rotary key of the components where ``kept`` [P, n] is true."""
+    planes, component = kept.nonzero(as_tuple=True)
+    rows = _pairs(mixed.rows[planes, component], 0)
+    return RotaryKey(rows, mixed.maps[:, planes, component], planes)
+
+
+def readers(layer: AttentionLayer) -> Tensor:
+    """[H] the KV head that each query head reads."""
+    return torch.arange(layer.geometry.heads) // layer.geometry.group
 
 
 def output_bias(layer: AttentionLayer, constants: Tensor) -> Tensor | None:
@@ -241,11 +257,11 @@ def embedded(layer: AttentionLayer, scale: float) -> LatentLayer:
     geometry, rope = layer.geometry, layer.rope
     assert rope is not None
     q, k, v, o = (_wide(getattr(layer, part)) for part in ("q", "k", "v", "o"))
-    heads, kv_heads, group = geometry.heads, geometry.kv_heads, geometry.group
+    heads, kv_heads = geometry.heads, geometry.kv_heads
     planes = planes_of(rope, geometry.head_dim)
     turning = torch.stack([planes.first, planes.second], 1).flatten()
     still, turned, value = len(planes.rest), len(turning), geometry.value_dim
-    own = torch.arange(heads) // group  # the KV head of each query head
+    own = readers(layer)
 
     def placed(rows: Tensor) -> Tensor:
         """Query rows [H, turned, ...] in the dims of their KV head, zeros in all others."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from convert.layer import AttentionLayer, LatentGeometry, LatentLayer, QkNorm
+from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attention import plane_order
-from convert.methods.latent import Factored, factored, output_bias
+from convert.methods.latent import Factored, factored, output_bias, readers, rotary_key
 from convert.methods.merge import augmented
 from convert.methods.mixing import Mixed, Rows
 
@@ -91,41 +91,29 @@ def normed_form(
         factored: The rest, from ``factored_whole``.
         scale: Factor on its scores.
     """
-    geometry = layer.geometry
     assert layer.q is not None
     assert layer.k is not None
     assert layer.o is not None
-    own = torch.arange(geometry.heads) // geometry.group
-    planes, component = kept.nonzero(as_tuple=True)
-    key = mixed.rows[planes, component]
-    k_rope = torch.stack([key.real, key.imag], 1).flatten(0, 1)
+    own, key = readers(layer), rotary_key(mixed, kept)
     back = plane_order(layer).argsort()
-    o, o_bias = layer.o.double(), output_bias(layer, factored.v_constant[own])
     return LatentLayer(
-        geometry=LatentGeometry(
-            hidden=geometry.hidden,
-            heads=geometry.heads,
-            rank=len(factored.latent),
-            nope_dim=geometry.head_dim,
-            rope_dim=len(k_rope),
-            value_dim=geometry.value_dim,
-        ),
+        geometry=layer.geometry.latent(len(factored.latent), len(key.rows)),
         q=layer.q,
         latent=factored.latent[:, :-1],
-        k_rope=k_rope[:, :-1],
+        k_rope=key.rows[:, :-1],
         k_up=factored.k_up[:, back],
         v_up=factored.v_up[own],
-        o=o,
+        o=layer.o.double(),
         q_bias=layer.q_bias,
         latent_bias=factored.latent[:, -1],
-        k_rope_bias=k_rope[:, -1],
-        o_bias=o_bias,
-        q_rope=_turned_queries(mixed.maps[own][:, planes, component], planes, len(back))[..., back],
+        k_rope_bias=key.rows[:, -1],
+        o_bias=output_bias(layer, factored.v_constant[own]),
+        q_rope=_turned_queries(key.maps[own], key.planes, len(back))[..., back],
         k=layer.k,
         k_bias=layer.k_bias,
         q_norm=layer.q_norm,
         q_norm_bias=layer.q_norm_bias,
-        planes=tuple(planes.tolist()),
+        planes=tuple(key.planes.tolist()),
         scale=scale,
     )
 

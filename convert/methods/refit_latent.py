@@ -3,6 +3,10 @@
 All are least squares problems in the metric of ``refit_scores``, solved in turn. Each head on its
 own has two: its query projection, of full width, and its map from the latent to a key. The rotary
 key is one problem for all heads. The latent stands, since the values are made of it too.
+
+Where queries and keys have a norm, scores are linear in a map of the normed query, which takes the
+place of the query projection; its dims without rotation end up in the map from the latent. The keys
+of a token are then multiplied by its factor, which does not depend on what is fitted.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from convert.methods.attention import (
     key_factors,
     keys,
     logits,
-    project,
+    projected_queries,
     queries,
     rotate,
     values,
@@ -97,10 +101,16 @@ def shared_by(
         inputs: [N, T, E].
     """
     key, value = keys(ready, scoring, inputs), values(ready, scoring, inputs)
+    factors = _factors(layer, scoring, inputs)
+    return key if factors is None else key * factors, value
+
+
+def _factors(layer: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor | None:
+    """What the norm multiplies the keys of each query head by, [N, H, T, 1]; None without one."""
     if layer.k is None or scoring.norm is None:
-        return key, value
-    factors = key_factors(scoring.norm, scoring.norm_eps, layer.k, layer.k_bias, inputs)
-    return key * factors.repeat_interleave(key.shape[1] // factors.shape[1], 1)[..., None], value
+        return None
+    found = key_factors(scoring.norm, scoring.norm_eps, layer.k, layer.k_bias, inputs)
+    return found.repeat_interleave(layer.geometry.heads // found.shape[1], 1)[..., None]
 
 
 def latent_basis(layer: LatentLayer, inputs: Tensor) -> Basis:
@@ -170,26 +180,49 @@ def refit_latent_scores(
 
 
 class _Reader:
-    """What is fitted of one layer, in coordinates in which its inputs are white."""
+    """What is fitted of one layer: rows for each head, in coordinates in which inputs are white.
 
-    def __init__(self, reading: Reading, *, share: float) -> None:
+    Without a norm they are the query projection, and with one what comes after it.
+    """
+
+    def __init__(self, reading: Reading, source: Tensor, *, share: float) -> None:
         layer = reading.layer
-        self.reading, self.share, nope = reading, share, layer.geometry.nope_dim
+        self.reading, self.share = reading, share
         # of the original, once for all the times that a head's scores are wanted
         original = reading.observed
         self._asked = queries(original.layer, original.scoring, original.inputs)
         self._read = keys(original.layer, original.scoring, original.inputs)
-        self.basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
-        bias = None if layer.q_bias is None else _rope_first(layer.q_bias, nope)
-        self.rows = _with_bias(_rope_first(layer.q, nope), bias) @ self.basis.there
+        self.factors = _factors(layer, reading.scoring, source)
+        if layer.q_rope is None:
+            basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
+            self.bases = [basis] * layer.geometry.heads
+            rows = _rope_first(_with_bias(layer.q, layer.q_bias), layer.geometry.nope_dim)
+        else:
+            ready = expanded(layer)
+            assert ready.q_map is not None
+            plain, rows = dataclasses.replace(ready, q_map=None), ready.q_map
+            normed = projected_queries(plain, reading.scoring, reading.inputs)
+            self.bases = [basis_of(heads, bias=False) for heads in normed.unbind(1)]
+        pairs = zip(rows, self.bases, strict=True)
+        self.rows = torch.stack([row @ basis.there for row, basis in pairs])
         self.k_up = layer.k_up.clone()
+
+    def scaled(self, key: Tensor, head: int, window: int | slice = slice(None)) -> Tensor:
+        """Keys [N, T, n] of a head, or [T, n] of a window, with their factor."""
+        return key if self.factors is None else key * self.factors[window, head]
+
+    def rotary_queries(self, width: int) -> Tensor:
+        """Rotated queries [N, H, T, Dr] with their scale."""
+        pairs = zip(self.rows, self.bases, strict=True)
+        asked = torch.stack([basis.inputs @ row[:width].mT for row, basis in pairs], 1)
+        return rotate(asked, self.reading.scoring.turn) * self.reading.scoring.scale
 
     def ruler(self, head: int) -> Ruler:
         """The metric of the scores of a head."""
         reading, rows = self.reading, self.rows[head : head + 1]
         read = self._read[:, head // (self._asked.shape[1] // self._read.shape[1]), None]
         target = logits(self._asked[:, head, None], read, reading.observed.scoring)
-        return Ruler(Reader(self.basis, rows, target, reading.scoring, self.share))
+        return Ruler(Reader(self.bases[head], rows, target, reading.scoring, self.share))
 
     def fit_queries(self, ruler: Ruler, head: int, key: Tensor, seed: int) -> None:
         """Refit the queries of a head for its keys [N, T, D]."""
@@ -200,13 +233,17 @@ class _Reader:
         """The layer with what was fitted and a rotary key."""
         start = self.reading.layer
         rope, biased = start.geometry.rope_dim, start.q_bias is not None
-        q, q_bias = _without_bias(self.rows @ self.basis.back, biased)
+        pairs = zip(self.rows, self.bases, strict=True)
+        rows = torch.stack([row @ basis.back for row, basis in pairs])
+        layer = dataclasses.replace(start, k_rope=k_rope, k_rope_bias=k_bias)
+        if start.q_rope is not None:
+            k_up = rows[:, rope:].mT @ self.k_up
+            return dataclasses.replace(layer, q_rope=rows[:, :rope], k_up=k_up)
+        q, q_bias = _without_bias(rows, biased)
         return dataclasses.replace(
-            start,
+            layer,
             q=_nope_first(q, rope),
             q_bias=None if q_bias is None else _nope_first(q_bias, rope),
-            k_rope=k_rope,
-            k_rope_bias=k_bias,
             k_up=self.k_up,
         )
 
@@ -220,17 +257,20 @@ class _Fit:
         first, many = readings[0], len(readings) > 1
         self._each, self._seed = each, seed
         self._readers = [
-            _Reader(reading, share=reading.observed.share if many else 1.0) for reading in readings
+            _Reader(reading, source, share=reading.observed.share if many else 1.0)
+            for reading in readings
         ]
-        layer, basis = first.layer, self._readers[0].basis
+        layer, basis = first.layer, self._readers[0].bases[0]
         self._scoring = first.scoring
         self._biased = layer.k_rope_bias is not None
         same = source is first.inputs and (layer.q_bias is not None) == self._biased
+        same = same and layer.q_rope is None
         self._key_basis = basis if same else basis_of(source, bias=self._biased)
         self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
-        # no softmax sees a constant of the keys without rotation, but float32 rounds it
         latents = source @ layer.latent.mT
-        self._latents = latents - latents.mean((0, 1))
+        # no softmax sees a constant of keys without rotation and norm, but float32 rounds it
+        constant = -latents.mean((0, 1)) if layer.latent_bias is None else layer.latent_bias
+        self._latents = latents + constant
 
     @property
     def turns(self) -> bool:
@@ -259,7 +299,10 @@ class _Fit:
         def refit(reader: _Reader, head: int) -> None:
             ruler = reader.ruler(head)
             reader.k_up[head] = ruler.fit_still_keys(
-                turned, self._latents, reader.k_up[head], self._seed
+                reader.scaled(turned, head),
+                reader.scaled(self._latents, head),
+                reader.k_up[head],
+                self._seed,
             )
             reader.fit_queries(ruler, head, self._key(reader, head, turned), self._seed)
 
@@ -269,12 +312,7 @@ class _Fit:
         """Refit the projection of the rotary key for all heads that read it."""
         width, inputs = len(self._key_rows), self._key_basis.inputs
         windows, turn = range(len(inputs)), self._scoring.turn
-        # queries [N, H, T, Dr] of each layer with their scale
-        asked = [
-            rotate(project(reader.rows[:, :width], None, reader.basis.inputs), turn)
-            * reader.reading.scoring.scale
-            for reader in self._readers
-        ]
+        asked = [reader.rotary_queries(width) for reader in self._readers]
 
         def summed(errors: Callable[[int, int, Ruler, int], Tensor]) -> Tensor:
             """From errors [1, T, T] of each layer, head and window, a pull at the rows."""
@@ -282,9 +320,8 @@ class _Fit:
 
             def one(reader: _Reader, head: int) -> None:
                 at, ruler = self._readers.index(reader), reader.ruler(head)
-                parts[at, head] = torch.stack(
-                    [errors(at, head, ruler, n)[0].mT @ asked[at][n, head] for n in windows]
-                )
+                pulls = [errors(at, head, ruler, n)[0].mT @ asked[at][n, head] for n in windows]
+                parts[at, head] = reader.scaled(torch.stack(pulls), head)
 
             self._each_head(one, self._readers)
             turned = rotate(total(part for _, part in sorted(parts.items())), turn.conj())
@@ -292,16 +329,19 @@ class _Fit:
 
         def missing(at: int, head: int, ruler: Ruler, window: int) -> Tensor:
             reader = self._readers[at]
-            still = reader.basis.inputs[window] @ reader.rows[head, width:].mT
-            key = self._latents[window] @ reader.k_up[head].mT
+            still = reader.bases[head].inputs[window] @ reader.rows[head, width:].mT
+            key = reader.scaled(self._latents[window] @ reader.k_up[head].mT, head, window)
             standing = still * reader.reading.scoring.scale @ key.mT
             return ruler.pull[window] - ruler.measure(window, standing[None])
 
         def normal(rows: Tensor) -> Tensor:
-            key = rotate(inputs @ rows[0].mT, turn).mT
-            return summed(
-                lambda at, head, ruler, n: ruler.measure(n, asked[at][n, head, None] @ key[n])
-            )
+            key = rotate(inputs @ rows[0].mT, turn)
+
+            def scores(at: int, head: int, window: int) -> Tensor:
+                read = self._readers[at].scaled(key[window], head, window)
+                return asked[at][window, head, None] @ read.mT
+
+            return summed(lambda at, head, ruler, n: ruler.measure(n, scores(at, head, n)))
 
         self._key_rows = solve(
             normal, summed(missing), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
@@ -319,7 +359,8 @@ class _Fit:
 
     def _key(self, reader: _Reader, head: int, turned: Tensor) -> Tensor:
         """Key [N, T, D] of a head."""
-        return torch.cat([turned, self._latents @ reader.k_up[head].mT], -1)
+        key = torch.cat([turned, self._latents @ reader.k_up[head].mT], -1)
+        return reader.scaled(key, head)
 
 
 def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:

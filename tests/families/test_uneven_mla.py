@@ -236,6 +236,35 @@ def test_a_result_runs_and_caches_what_is_planned(
         assert (cached.layers[layer].keys is None) == (source_layer != layer)
 
 
+@pytest.mark.parametrize("share", [None, 2])
+@torch.no_grad()
+def test_each_latent_is_made_of_components_of_its_own(
+    source: Source, tmp_path: Path, text: Path, share: int | None
+) -> None:
+    """On the text, pairs of one plane have power one and nothing in common, in every layer."""
+    model = source("llama")
+    keys = {"rank": 20, "rope_dims": 16, "share": share, "samples": _TEXT // _CONTEXT}
+    result = _mla(model, tmp_path / "out", text, target="kvpatch", **keys)
+    config, tensors = read_json(result / "config.json"), load_file(result / "model.safetensors")
+    stock, seen = load(model), dict[int, Tensor]()
+    for index, block in enumerate(stock.model.layers):
+        block.input_layernorm.register_forward_hook(
+            lambda _, __, out, index=index: seen.update({index: out.flatten(0, 1)})
+        )
+    stock(_windows())
+    producers = sorted(set(config.get("kv_source_layers") or range(_LAYERS)))
+    assert producers == ([0, 2] if share else [0, 1, 2, 3])
+    for layer in producers:
+        down = f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa"
+        key = (seen[layer] @ tensors[f"{down}.weight"].T + tensors[f"{down}.bias"])[:, 20:]
+        pairs = torch.view_as_complex(key.unflatten(1, (-1, 2)).contiguous())
+        planes = torch.tensor(config["kv_rope_planes"][layer])
+        assert len(set(planes.tolist())) < len(planes)  # else only powers are told
+        gram = pairs.mT.conj() @ pairs / len(pairs)
+        together = planes[:, None] == planes
+        assert_close(gram[together], torch.eye(len(planes)).to(gram)[together], atol=1e-3)
+
+
 def test_layers_without_positions_cache_no_rotary_key(source: Source, tmp_path: Path) -> None:
     """Unless all layers are to be alike."""
     keys = {"kv_budget": "25%", "target": "kvpatch"}

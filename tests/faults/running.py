@@ -6,6 +6,7 @@ import errno
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from convert.cli import app
@@ -56,7 +58,21 @@ def gqa(source: Path | str, out: Path, *flags: str) -> list[str]:
 def cli(arguments: list[str]) -> Run:
     """Run the command line in this process."""
     result = CliRunner().invoke(app, arguments)
+    _check_hints(arguments, result.stderr)
     return Run(result.exit_code, result.stdout, result.stderr)
+
+
+def _check_hints(arguments: list[str], said: str) -> None:
+    """A hint must name flags of the command at hand only, or of the one that it names."""
+    for hint in re.findall(r"^hint: (.*)", said, re.MULTILINE):
+        commands, name = get_command(app).commands, arguments[0]
+        for part in re.split(r"(?=kvpatch \w)", hint):
+            named = re.match(r"kvpatch (\w+)", part)
+            name = named[1] if named and named[1] in commands else name
+            flags = {flag for option in commands[name].params for flag in option.opts}
+            flags |= {flag for option in commands[name].params for flag in option.secondary_opts}
+            advised = set(re.findall(r"--[a-z][a-z-]*", part))
+            assert name == "run" or advised <= flags, f"kvpatch {name} has no such flag: {hint}"
 
 
 class Child:

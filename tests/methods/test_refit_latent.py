@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer, LatentLayer
+from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods import refit_latent as module
 from convert.methods import refit_scores as scores_module
 from convert.methods.attended import attended
@@ -19,6 +19,7 @@ from convert.methods.cut import kept_components, lost_without_turn
 from convert.methods.fitting import Observed, refit_outcome, second_moments
 from convert.methods.latent import factored, latent_form, still_keys, value_gram, with_idle_pairs
 from convert.methods.mixing import mixture, query_energy, rows_of
+from convert.methods.normed import factored_whole, normed_form
 from convert.methods.refit_latent import (
     Reading,
     expanded,
@@ -30,13 +31,18 @@ from convert.methods.refit_scores import Basis, basis_of
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, randn, random_layer
 from tests.methods.references import (
+    EPS,
+    NORMS,
     causal_weights,
     frequencies,
+    heads_of,
     latent_outcome,
     latent_scores,
+    normed,
     observed_of,
     original_outcome,
     original_scores,
+    with_norms,
 )
 
 N, T, E, PAIRS, RANK, RIDGE = 3, 9, 7, 2, 3, 0.01
@@ -47,6 +53,25 @@ SHAPES = {
     "NoPE": Shape(kv_heads=2, group=1, head_dim=4, hidden=E, rope_dim=0, biases=("k",)),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+NORMED = {
+    "MHA full": ("MHA", "full"),
+    "GQA biases shared": ("GQA biases", "shared"),
+    "interleaved layer": ("interleaved", "layer"),
+    "NoPE plus one": ("NoPE", "plus one"),
+}
+normed_shapes = pytest.mark.parametrize(
+    ("shape", "norm"),
+    [(SHAPES[shape], NORMS[norm]) for shape, norm in NORMED.values()],
+    ids=NORMED,
+)
+all_shapes = pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        *((shape, None) for shape in SHAPES.values()),
+        *((SHAPES[shape], NORMS[norm]) for shape, norm in NORMED.values()),
+    ],
+    ids=[*SHAPES, *NORMED],
+)
 
 
 def one_by_one(function: Callable[[int], None], numbers: range) -> None:
@@ -64,19 +89,20 @@ class Case:
     scoring: Scoring
     inputs: Tensor
     speeds: Tensor
+    norm: QkNorm | None
 
     def targets(self) -> Tensor:
         """[N, H, T, T] scores of the original."""
         return torch.stack(
             [
-                original_scores(self.original, x, self.speeds, self.layer.scale)
+                original_scores(self.original, x, self.speeds, self.layer.scale, self.norm)
                 for x in self.observed.inputs
             ]
         )
 
     def scores(self, layer: LatentLayer) -> Tensor:
         """[N, H, T, T]."""
-        return torch.stack([latent_scores(layer, x, self.speeds) for x in self.inputs])
+        return torch.stack([latent_scores(layer, x, self.speeds, self.norm) for x in self.inputs])
 
     def outcomes(self, layer: LatentLayer) -> Tensor:
         """[N, T, E]."""
@@ -90,27 +116,30 @@ class Case:
         return found
 
 
-def _case(shape: Shape) -> Case:
-    original = random_layer(shape, seed=2)
+def _case(
+    shape: Shape, norm: QkNorm | None = None, *, rank: int = RANK, pairs: int = PAIRS
+) -> Case:
+    original = with_norms(random_layer(shape, seed=2), norm, seed=6)
     assert original.q is not None
     original = dataclasses.replace(original, q=0.3 * original.q)
     before = randn(N, T, E, seed=3) + 0.3
-    observed = observed_of(original, before)
-    moment, rows = second_moments([before]).own[0], rows_of(original)
+    observed = observed_of(original, before, norm=norm, norm_eps=EPS)
+    moment, rows = second_moments([before]).own[0], rows_of(original, norm)
     weights = query_energy(rows, moment).reshape(shape.kv_heads, shape.group, rows.planes).sum(1)
     components = mixture(rows, moment, weights).of(rows)
     seen = attended(observed, components)
-    (kept,) = kept_components([lost_without_turn(seen)], PAIRS, "greedy", common=False)
-    found = factored(
+    (kept,) = kept_components([lost_without_turn(seen)], pairs, "greedy", common=False)
+    factor, form = (factored, latent_form) if norm is None else (factored_whole, normed_form)
+    found = factor(
         still_keys(rows, components, seen.turn, kept, 1.0),
         rows.v,
         key_metric=seen.queries,
         value_gram=value_gram(original, seen.values),
         moment=moment,
-        rank=RANK,
+        rank=rank,
     )
     scale = observed.scoring.scale
-    layer = latent_form(original, rows, components, kept=kept, factored=found, scale=scale)
+    layer = form(original, rows, components, kept=kept, factored=found, scale=scale)
     turn = observed.scoring.turn[:, list(layer.planes)]
     return Case(
         original=original,
@@ -119,6 +148,7 @@ def _case(shape: Shape) -> Case:
         scoring=dataclasses.replace(observed.scoring, turn=turn),
         inputs=before + 0.1 * randn(N, T, E, seed=4),
         speeds=frequencies(rows.planes),
+        norm=norm,
     )
 
 
@@ -130,17 +160,27 @@ def _divergence(case: Case, layer: LatentLayer) -> Tensor:
 
 @dataclass(slots=True)
 class Unknowns:
-    """The two maps of one head as the refit sees them, rotary dims first and inputs white."""
+    """The two maps of one head as the refit sees them, rotary dims first and inputs white.
+
+    With a norm the first reads the normed queries of the head.
+    """
 
     case: Case
     head: int
     basis: Basis
-    query: Tensor  # [D, E']
+    query: Tensor  # [D, E']; with a norm [Dr + Dn, Dn]
     up: Tensor  # [Dn, R]
 
     def layer(self, query: Tensor, up: Tensor) -> LatentLayer:
         """The latent layer with these maps for its head."""
         layer, head = self.case.layer, self.head
+        if layer.q_rope is not None:
+            rotary, still = (query @ self.basis.back).split(
+                [layer.geometry.rope_dim, layer.geometry.nope_dim]
+            )
+            q_rope, k_up = layer.q_rope.clone(), layer.k_up.clone()
+            q_rope[head], k_up[head] = rotary, still.T @ up
+            return dataclasses.replace(layer, q_rope=q_rope, k_up=k_up)
         rows = torch.roll(query, -layer.geometry.rope_dim, 0) @ self.basis.back
         q, k_up = layer.q.clone(), layer.k_up.clone()
         q[head], k_up[head] = rows[:, :E], up
@@ -205,6 +245,12 @@ def _with_rotary_key(case: Case) -> LatentLayer:
 
 def _unknowns(case: Case, head: int) -> Unknowns:
     layer, biased = case.layer, case.layer.q_bias is not None
+    if layer.q_rope is not None:
+        heads = [normed(heads_of(layer, "q", x), case.norm, layer.q_norm) for x in case.inputs]
+        basis = basis_of(torch.stack(heads)[:, :, head], bias=False)
+        same = torch.eye(layer.geometry.nope_dim, dtype=torch.float64)
+        query = torch.cat([layer.q_rope[head], same]) @ basis.there
+        return Unknowns(case, head, basis, query, layer.k_up[head])
     basis = basis_of(case.inputs, bias=biased)
     rows = layer.q[head]
     if layer.q_bias is not None:
@@ -213,20 +259,19 @@ def _unknowns(case: Case, head: int) -> Unknowns:
     return Unknowns(case, head, basis, query, layer.k_up[head])
 
 
-@shapes
+@all_shapes
 def test_each_fit_is_the_minimum_of_its_own_quadratic(
-    shape: Shape, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, norm: QkNorm | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queries of each head; the rotary key; the map from the latent to keys; queries again."""
     for name, value in (("STEPS", 400), ("RIDGE", RIDGE)):
         monkeypatch.setattr(scores_module, name, value)
         monkeypatch.setattr(module, name, value)
-    case = _case(shape)
+    case = _case(shape, norm)
     found = case.refitted()
-    heads = range(case.original.geometry.heads)
-    for head in heads:
-        dense = _unknowns(case, head)
-        start = dense.query
+    each = [_unknowns(case, head) for head in range(case.original.geometry.heads)]
+    for dense in each:
+        dense.case, start = case, dense.query
         dense.fit_query()
         assert float((dense.query - start).abs().max()) > 0.01  # else nothing is tested
         case = dataclasses.replace(case, layer=dense.layer(dense.query, dense.up))
@@ -234,27 +279,43 @@ def test_each_fit_is_the_minimum_of_its_own_quadratic(
         start = case.layer.k_rope
         case = dataclasses.replace(case, layer=_with_rotary_key(case))
         assert float((case.layer.k_rope - start).abs().max()) > 0.01
-    for head in heads:
-        dense = _unknowns(case, head)
+    for dense in each:
+        dense.case, start = case, dense.up
         dense.fit_up()
-        assert float((dense.up - case.layer.k_up[head]).abs().max()) > 0.01
+        assert float((dense.up - start).abs().max()) > 0.01
         dense.fit_query()
         case = dataclasses.replace(case, layer=dense.layer(dense.query, dense.up))
-    for name in ("q", "k_up", "q_bias", "k_rope", "k_rope_bias"):
+    for name in ("q", "k_up", "q_bias", "q_rope", "k_rope", "k_rope_bias"):
         wanted = getattr(case.layer, name)
         if wanted is not None and wanted.numel():
             atol = 1e-7 * float(wanted.abs().max())
             assert_close(getattr(found, name), wanted, atol=atol)
 
 
-@shapes
-def test_attention_comes_nearer_to_the_original(shape: Shape) -> None:
-    case = _case(shape)
+@all_shapes
+def test_attention_comes_nearer_to_the_original(shape: Shape, norm: QkNorm | None) -> None:
+    case = _case(shape, norm)
     found = case.refitted()
     before, after = _divergence(case, case.layer), _divergence(case, found)
     assert 0 < after < 0.9 * before
-    for name in ("geometry", "latent", "v_up", "o", "o_bias", "planes"):
+    standing = ["geometry", "latent", "latent_bias", "v_up", "o", "o_bias", "planes", "k"]
+    for name in standing if norm is None else [*standing, "q", "q_bias", "k_bias", "q_norm"]:
         assert getattr(found, name) is getattr(case.layer, name)
+
+
+@normed_shapes
+def test_normed_scores_that_are_right_already_stay(shape: Shape, norm: QkNorm) -> None:
+    """With all components rotary, whatever the latent is."""
+    case = _case(shape, norm, rank=E + 1, pairs=shape.kv_heads * shape.rope_dim // 2)
+    case = dataclasses.replace(case, inputs=case.observed.inputs)
+    target = case.targets()
+    atol = 1e-9 * float(target.abs().max())
+    assert_close(case.scores(case.layer), target, atol=atol)
+    found = case.refitted()
+    assert_close(case.scores(found), target, atol=atol)
+    for name in ("q_rope", "k_rope", "k_rope_bias"):
+        wanted = getattr(case.layer, name)
+        assert not wanted.numel() or (getattr(found, name) - wanted).abs().max() < 1e-7
 
 
 @shapes
