@@ -15,7 +15,7 @@ from convert.checkpoint.paths import guarded_path
 from convert.tables import retrieval_heading, retrieval_tables, task_table
 from kvpatch.memory import format_bytes
 
-__all__ = ["inherited_metadata", "render_card"]
+__all__ = ["inherited_metadata", "kind_of", "render_card"]
 
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 # by whether layers share, and the merge
@@ -133,9 +133,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    kind, change = (
-        _latent_kind(cache["latent"], recipe) if latent else _kind(recipe, *cache["kv_heads"])
-    )
+    kind, change = kind_of(recipe, cache)
     if exported:
         change = (
             f"from {source['architecture']} to {architecture}, which computes the same ({kind})"
@@ -217,6 +215,18 @@ def _held(cache: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def kind_of(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> tuple[str, str]:
+    """What the result is called, and a phrase that says what was changed.
+
+    Args:
+        recipe: Of the manifest.
+        cache: Its ``kv_cache``; what it holds of latents or heads.
+    """
+    if recipe["method"] in {"export", "mla"}:
+        return _latent_kind(cache["latent"], recipe)
+    return _kind(recipe, *cache["kv_heads"])
+
+
 def _latent_kind(
     sizes: Mapping[str, int | Sequence[int]], recipe: Mapping[str, Any]
 ) -> tuple[str, str]:
@@ -287,7 +297,6 @@ def _merged_energy(layers: Sequence[Mapping[str, Any]], merge: str) -> str:
 
 
 def _kind(recipe: Mapping[str, Any], before: int, after: int) -> tuple[str, str]:
-    """What the result is called, and a phrase that says what was changed."""
     heads = "1 KV head" if after == 1 else f"{after} KV heads"
     if recipe["method"] == "cla":
         kind = f"CLA{recipe['share']} with {heads}"

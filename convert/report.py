@@ -1,4 +1,4 @@
-"""A report on converted checkpoints: plots and the rows behind them, without loading a model."""
+"""A report on converted checkpoints: plots, the rows behind them, and a page, without any model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convert.checkpoint.writer import write_file
 from convert.console import visible
-from convert.reporting import plots
-from convert.reporting.conversions import (
-    Conversion,
-    LatentConversion,
-    MergedConversion,
-    read_conversions,
-)
-from convert.reporting.rows import (
-    Row,
-    latent_rows,
-    lost_energy_rows,
-    pareto_rows,
-    similarity_rows,
-)
+from convert.reporting.charts import Chart, charts_of
+from convert.reporting.conversions import Conversion, by_source, read_conversions
+from convert.reporting.figures import render
+from convert.reporting.page import Study, render_page
+from convert.reporting.project import find_outputs
+from convert.reporting.rows import Row
 from kvpatch.errors import OutputError, UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Report", "write_report"]
 
@@ -39,98 +26,123 @@ class Report:
     """What was written.
 
     Args:
-        files: Three for each plot: PNG, SVG and CSV.
-        rows: The rows behind each plot, by its name.
+        files: Three for each plot, PNG, SVG and CSV, and the page; as far as they were wanted.
+        rows: The rows behind each plot, by its name; those of the second source end in ``-2``.
     """
 
     files: list[Path]
     rows: dict[str, list[Row]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    """A plot, by the name of its files, and the rows behind it."""
-
-    name: str
-    rows: list[Row]
-    draw: Callable[[], Figure]
-
-
 def write_report(
-    folders: Sequence[Path], to: Path, *, overwrite: bool, warn: Callable[[str], None]
+    folders: Sequence[Path],
+    *,
+    to: Path | None,
+    html: Path | None,
+    overwrite: bool,
+    warn: Callable[[str], None],
 ) -> Report:
-    """Draw cache size against KL, and for each conversion its lost energy and layer similarity.
+    """Draw what conversions cost and keep, and how they were trained.
 
     Everything is drawn before anything is written, and equal manifests give equal bytes.
 
     Args:
-        folders: Converted checkpoints of one source; of each only ``kvpatch.json`` is read.
-        to: Folder to make.
-        overwrite: Write into a folder that is there; its other files stay.
+        folders: Converted checkpoints, or folders that hold some; only ``kvpatch.json`` is read.
+        to: Folder to make for the plots and tables of the conversions of one source.
+        html: Page to write of all conversions.
+        overwrite: Replace a page, and write into a folder that is there; its other files stay.
         warn: Called with each warning.
 
     Raises:
-        UsageError: If nothing was evaluated against the source, or sources differ.
+        UsageError: If there is nothing to write; for plots, also if nothing was evaluated against
+            the source, or sources differ.
         InputModelError: If a folder has no manifest, or one that is damaged.
-        OutputError: If ``to`` exists (without ``overwrite``), or is a file.
+        OutputError: If an output exists (without ``overwrite``), or is of the wrong kind.
     """
-    _check_target(to, overwrite=overwrite)
-    conversions = read_conversions(folders)
+    _check_targets(to, html, overwrite=overwrite)
+    conversions = read_conversions(find_outputs(folders, warn))
     for conversion in _not_evaluated(conversions):
         warn(
             f"{visible(conversion.name)} has no saved evaluation against its source and is left "
             "out of the plot of cache size and KL"
         )
-    charts = _charts(conversions)
+    studies = [Study(group, charts_of(group)) for group in by_source(conversions)]
     files: dict[Path, bytes] = {}
-    for chart in charts:
-        for suffix, content in plots.render(chart.draw).items():
-            files[to / f"{chart.name}.{suffix}"] = content
-        files[to / f"{chart.name}.csv"] = _csv(chart.rows)
-    to.mkdir(parents=True, exist_ok=True)
+    if to is not None:
+        files |= _plots(to, _only(studies))
+    if html is not None:
+        files[html] = render_page(studies)
     for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, content)
-    return Report(list(files), {chart.name: chart.rows for chart in charts})
+    return Report(list(files), _rows(studies))
 
 
-def _check_target(to: Path, *, overwrite: bool) -> None:
-    if to.exists() and not to.is_dir():
+def _check_targets(to: Path | None, html: Path | None, *, overwrite: bool) -> None:
+    if to is None and html is None:
+        raise UsageError("nothing to write", hint="Give --to FOLDER, --html FILE, or both.")
+    if to is not None and to.exists() and not to.is_dir():
         raise OutputError(f"{to} exists and is not a folder", hint="Choose another --to.")
-    if to.exists() and not overwrite:
+    if to is not None and to.exists() and not overwrite:
         raise OutputError(
             f"{to} exists",
             hint="Choose another --to, or --overwrite to replace the plots in it.",
         )
+    if html is not None and html.is_dir():
+        raise OutputError(f"{html} is a folder", hint="Give --html the name of a file.")
+    if html is not None and html.exists() and not overwrite:
+        raise OutputError(
+            f"{html} exists", hint="Choose another --html, or --overwrite to replace it."
+        )
 
 
 def _not_evaluated(conversions: Sequence[Conversion]) -> list[Conversion]:
-    """The conversions that were not evaluated against the source; there must be others."""
-    missing = [c for c in conversions if all(e.against is None for e in c.evaluations)]
-    if len(missing) == len(conversions):
+    return [c for c in conversions if all(e.against is None for e in c.evaluations)]
+
+
+def _only(studies: Sequence[Study]) -> Study:
+    """The study, if plots can be made of it.
+
+    Raises:
+        UsageError: If there are several, or nothing was evaluated.
+    """
+    first, *others = (study.conversions[0] for study in studies)
+    for other in others:
+        raise UsageError(
+            f"{first.name} and {other.name} have different sources ({first.source.name} and "
+            f"{other.source.name}; the sha256 of their weights differ)",
+            hint="Conversions can be compared if they have one source: make a report of each, or "
+            "a page of all with --html.",
+        )
+    if len(_not_evaluated(studies[0].conversions)) == len(studies[0].conversions):
         raise UsageError(
             "none of these checkpoints has a saved evaluation against its source",
             hint="Run: kvpatch eval OUT --text FILE --against SOURCE --save",
         )
-    return missing
+    return studies[0]
 
 
-def _charts(conversions: Sequence[MergedConversion | LatentConversion]) -> list[_Chart]:
-    measured = pareto_rows(conversions)
-    charts = [_Chart("pareto", measured, partial(plots.pareto, measured))]
-    for conversion in conversions:
-        charts.append(_lost_energy(conversion))
-        similar = similarity_rows(conversion)
-        if similar:
-            draw = partial(plots.similarity, conversion)
-            charts.append(_Chart(f"similarity-{conversion.name}", similar, draw))
-    return charts
+def _plots(to: Path, study: Study) -> dict[Path, bytes]:
+    files: dict[Path, bytes] = {}
+    for chart in study.charts:
+        for suffix, content in render(chart.draw).items():
+            files[to / f"{chart.name}.{suffix}"] = content
+        files[to / f"{chart.name}.csv"] = _csv(chart.rows)
+    return files
 
 
-def _lost_energy(conversion: MergedConversion | LatentConversion) -> _Chart:
-    name = f"lost-energy-{conversion.name}"
-    if isinstance(conversion, LatentConversion):
-        return _Chart(name, latent_rows(conversion), partial(plots.latent_energy, conversion))
-    return _Chart(name, lost_energy_rows(conversion), partial(plots.lost_energy, conversion))
+def _rows(studies: Sequence[Study]) -> dict[str, list[Row]]:
+    """Rows by the name of their chart."""
+    return {
+        f"{chart.name}{_suffix(index, chart)}": chart.rows
+        for index, study in enumerate(studies)
+        for chart in study.charts
+    }
+
+
+def _suffix(index: int, chart: Chart) -> str:
+    """What tells apart the charts of several sources; those of one conversion have its name."""
+    return f"-{index + 1}" if index and not chart.about else ""
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from convert.cli import app
 from convert.reporting.conversions import read_conversions
 from convert.reporting.rows import pareto_front, pareto_rows
-from tests.manifests import HEADS, LAYERS, SIMILARITY, evaluation, layer, manifest, write
+from tests.manifests import HEADS, LAYERS, SIMILARITY, SOURCE, evaluation, layer, manifest, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,7 +171,8 @@ def test_nothing_evaluated_says_how_to_evaluate(tmp_path: Path) -> None:
 
 def test_other_sources_are_refused(two: list[Path], tmp_path: Path) -> None:
     other = manifest()
-    other["source"] = {"name": "org/big", "files": {"model.safetensors": {"sha256": "6b" * 32}}}
+    files = {"model.safetensors": {"sha256": "6b" * 32}}
+    other["source"] = SOURCE | {"name": "org/big", "files": files}
     result = report(*two, write(tmp_path / "other", other), "--to", tmp_path / "report")
     assert result.exit_code == 2
     assert "different sources (org/small and org/big" in result.stderr
@@ -196,7 +197,7 @@ def test_a_folder_without_manifest_is_refused(two: list[Path], tmp_path: Path) -
         ({"layers": [{"layer": 0, "source": 0}]}, "layers.0.lost_energy_k: Field required"),
         ({"similarity": [[1.0]]}, "similarity is no 5 x 5 matrix"),
         ({"evaluations": [evaluation(float("nan"))]}, "evaluations.0.against.kl"),
-        ({"kv_cache": {"bytes_per_token": [4000]}}, "does not hold two sizes"),
+        ({"kv_cache": {"kv_heads": [4, 2], "bytes_per_token": [4000]}}, "does not hold two sizes"),
     ],
 )
 def test_damaged_manifests_are_refused(changed: dict[str, Any], where: str, tmp_path: Path) -> None:

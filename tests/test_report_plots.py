@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from convert.reporting import plots
+from convert.reporting import figures, plots
 from convert.reporting.conversions import Conversion, read_conversions
 from convert.reporting.rows import pareto_rows
 from tests.manifests import HEADS, SIMILARITY, evaluation, layer, manifest, write
@@ -174,7 +174,7 @@ def test_names_in_any_script_are_drawn(tmp_path: Path, name: str) -> None:
         "similar": lambda: plots.similarity(conversion),
     }
     for draw in pictures.values():
-        assert plots.render(draw).keys() == {"png", "svg"}
+        assert figures.render(draw).keys() == {"png", "svg"}
     (panel,) = pictures["pareto"]().axes
     assert panel.get_title().splitlines()[0] == _NAMES[name]
     assert _NAMES[name] in {line.get_label() for line in panel.lines}

@@ -16,21 +16,32 @@ __all__ = ["report"]
 @command
 def report(
     outputs: Annotated[
-        list[str], typer.Argument(metavar="OUT...", help="Converted checkpoints of one source.")
+        list[str],
+        typer.Argument(metavar="OUT...", help="Converted checkpoints, or folders that hold some."),
     ],
-    to: Annotated[str, typer.Option(metavar="FOLDER", help="Folder to make for plots and tables.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder to make for plots and tables of one source."),
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Page to write, complete in itself.")
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the plots of an earlier report.")
+        bool, typer.Option("--overwrite", help="Replace what an earlier report wrote.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Draw KV cache against KL, lost energy and layer similarity, as PNG, SVG and CSV.
+    """Draw KV cache against KL, uptraining, lost energy and layer similarity.
+
+    With --to: each plot as PNG, SVG and CSV. With --html: one page of a whole project, with all
+    plots, measurements and where everything comes from.
 
     \b
-    Example:
+    Examples:
         kvpatch report ./llama-2-7b-gqa8 ./llama-2-7b-cla2 --to ./report
+        kvpatch report ./project --html report.html
     """
     from convert.hub import user_path  # noqa: PLC0415
     from convert.report import write_report  # noqa: PLC0415
@@ -38,7 +49,8 @@ def report(
     console = Console(json=json, quiet=quiet)
     written = write_report(
         [user_path(output) for output in outputs],
-        user_path(to),
+        to=None if to is None else user_path(to),
+        html=None if html is None else user_path(html),
         overwrite=overwrite,
         warn=console.warn,
     )

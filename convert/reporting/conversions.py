@@ -4,52 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from convert.card import kind_of
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.staging import MANIFEST
+from convert.reporting.measured import Checked, Evaluation, Probe, TaskScores, Training
 from kvpatch.errors import InputModelError, UsageError
 
 __all__ = [
     "Conversion",
-    "Evaluation",
     "LatentConversion",
     "LatentLayer",
     "Layer",
     "MergedConversion",
     "MergedLayer",
+    "by_source",
     "read_conversions",
 ]
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+_C = TypeVar("_C", bound="Conversion")
 
 
-class _File(_Checked):
+class _File(Checked):
     sha256: str
 
 
-class _Source(_Checked):
+class _Source(Checked):
     name: str
+    repository: str | None
+    revision: str | None
+    architecture: str
     files: dict[str, _File]
 
 
-class _Recipe(_Checked):
+class _Recipe(Checked):
+    """How; all keys are kept, to be shown."""
+
+    model_config = ConfigDict(extra="allow")
+
     method: str
+    refit: str
 
 
 class _Merge(_Recipe):
     merge: str
 
+    @model_validator(mode="after")
+    def _says_what_is_shared(self) -> Self:
+        if self.method == "cla" and type((self.model_extra or {}).get("share")) is not int:
+            raise ValueError("cla does not say how many layers share")
+        return self
 
-class _Cache(_Checked):
+
+class _Cache(Checked):
     bytes_per_token: list[int]
 
 
-class Layer(_Checked):
+class _MergedCache(_Cache):
+    kv_heads: list[int] = Field(min_length=2, max_length=2)
+
+
+class _LatentSizes(Checked):
+    rank: int | list[int]
+    rope_dims: int | list[int]
+
+
+class _LatentCache(_Cache):
+    latent: _LatentSizes
+
+
+class _Calibration(Checked):
+    text: str
+    text_sha256: str
+    samples: int
+    context: int
+
+
+class Layer(Checked):
     """What became of one layer.
 
     Args:
@@ -100,48 +135,22 @@ class LatentLayer(Layer):
     lost_energy_shared: float | None = None
 
 
-class _Against(_Checked):
-    perplexity: float
-    kl: float
-    top1: float
-
-
-class Evaluation(_Checked):
-    """A saved measurement; ``against`` compares with the source."""
-
-    text: str
-    text_sha256: str
-    windows: int
-    context: int
-    stride: int
-    dtype: str
-    tokens: int
-    perplexity: float
-    against: _Against | None
-
-    @property
-    def setting(self) -> tuple[str, str, int, int, int, str]:
-        """What was measured on; only measurements that agree in it can be compared."""
-        return (
-            self.text,
-            self.text_sha256,
-            self.windows,
-            self.context,
-            self.stride,
-            self.dtype,
-        )
-
-
-class Conversion(_Checked):
+class Conversion(Checked):
     """One converted checkpoint.
 
     Args:
         name: Of its folder; no two of a report share it.
         source: What it was made from.
         recipe: How.
-        kv_cache: ``bytes_per_token`` before and after.
+        architecture: The class of the result.
+        calibration: The text that it was calibrated on, if any.
+        kv_cache: ``bytes_per_token`` before and after, and what the cache holds.
         layers: All layers, in order.
-        evaluations: Saved measurements.
+        evaluations: Saved measurements on texts.
+        retrieval: Saved probes of retrieval.
+        tasks: Saved scores of tasks.
+        trainings: Uptraining runs since the conversion, first to last.
+        versions: Of the packages that converted it.
         similarity: [L][L] linear centred kernel alignment of the attention inputs of each two
             layers of the source, 0 to 1; if calibrated.
     """
@@ -149,9 +158,15 @@ class Conversion(_Checked):
     name: str
     source: _Source
     recipe: _Recipe
+    architecture: str
+    calibration: _Calibration | None
     kv_cache: _Cache
     layers: Sequence[Layer]
     evaluations: list[Evaluation]
+    retrieval: Sequence[Probe] = ()
+    tasks: Sequence[TaskScores] = ()
+    trainings: Sequence[Training] = ()
+    versions: dict[str, str]
     similarity: list[list[float]] | None = None
 
     @model_validator(mode="after")
@@ -175,11 +190,19 @@ class Conversion(_Checked):
         """sha256 of the source's weight files; the identity of the source."""
         return sorted(file.sha256 for file in self.source.files.values())
 
+    @property
+    def kind(self) -> str:
+        """What it is called, ``GQA with 2 KV heads``."""
+        return kind_of(
+            self.recipe.model_dump(), self.kv_cache.model_dump(exclude={"bytes_per_token"})
+        )[0]
+
 
 class MergedConversion(Conversion):
     """A conversion that merged KV heads."""
 
     recipe: _Merge
+    kv_cache: _MergedCache
     layers: list[MergedLayer]
 
     @model_validator(mode="after")
@@ -193,27 +216,27 @@ class MergedConversion(Conversion):
 class LatentConversion(Conversion):
     """A conversion to latents."""
 
+    kv_cache: _LatentCache
     layers: list[LatentLayer]
 
 
 def read_conversions(folders: Sequence[Path]) -> list[MergedConversion | LatentConversion]:
-    """The conversions in these folders, which must all have the same source.
+    """The conversions in these folders.
 
     Raises:
-        UsageError: If a folder is named twice or was exported, or if sources differ.
+        UsageError: If a folder is named twice or was exported.
         InputModelError: If a folder has no manifest, or one that is damaged.
     """
     names = _names(folders)
-    conversions = [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    first = conversions[0]
-    for folder, other in zip(folders, conversions, strict=True):
-        if other.source_hashes != first.source_hashes:
-            raise UsageError(
-                f"{folders[0]} and {folder} have different sources ({first.source.name} and "
-                f"{other.source.name}; the sha256 of their weights differ)",
-                hint="Conversions can be compared if they have one source: make a report of each.",
-            )
-    return conversions
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def by_source(conversions: Sequence[_C]) -> list[list[_C]]:
+    """Conversions of one source together, which alone can be compared; in order."""
+    groups: dict[tuple[str, ...], list[_C]] = {}
+    for conversion in conversions:
+        groups.setdefault(tuple(conversion.source_hashes), []).append(conversion)
+    return list(groups.values())
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -1,20 +1,15 @@
-"""The plots of a report, for matplotlib's figures alone: no window, no global state.
+"""The plots of a report: cache against KL, lost energy, similarity of layers.
 
-Colours are those of Okabe and Ito and the map cividis, which colour-blind readers can tell apart;
-models differ in their markers too.
+Shares are drawn in the map cividis, which colour-blind readers can tell apart; models differ in
+their markers too.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from itertools import accumulate
+from collections.abc import Sequence
 from math import ceil, log2
 from typing import TYPE_CHECKING, Any
 
-from convert.console import visible
 from convert.reporting.conversions import (
     Conversion,
     LatentConversion,
@@ -22,6 +17,7 @@ from convert.reporting.conversions import (
     Layer,
     MergedConversion,
 )
+from convert.reporting.figures import COLOURS, MARKERS, figure_of, short
 from convert.reporting.rows import Row
 from kvpatch.memory import format_bytes
 
@@ -29,19 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "figure_of",
-    "latent_energy",
-    "lost_energy",
-    "pareto",
-    "render",
-    "short",
-    "similarity",
-]
+__all__ = ["latent_energy", "lost_energy", "pareto", "similarity"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PREDICTED, _MEASURED = COLOURS[:2]
 # title, value of a layer, its unit and how many of those make 1, colour; drawn where it is known
 _Line = tuple[str, str, str, float, str]
@@ -73,46 +58,6 @@ _MOST_SIZES = 6  # tick labels that fit on the axis of cache sizes
 _MOST_NUMBERS = 16  # rows and columns of a heat map whose cells still have room for numbers
 
 
-def render(draw: Callable[[], Figure]) -> dict[str, bytes]:
-    """A drawing as ``png`` and ``svg``, whose bytes depend on what is drawn alone."""
-    files = {}
-    with _our_settings():
-        figure = draw()
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
-            files[suffix] = buffer.getvalue()
-    return files
-
-
-@contextmanager
-def _our_settings() -> Iterator[None]:
-    """Settings of our own, whatever the user's matplotlibrc says."""
-    import matplotlib as mpl  # noqa: PLC0415
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(
-            {
-                "svg.hashsalt": "kvpatch",
-                "text.parse_math": False,  # names may hold dollar signs
-                "font.size": 9,
-                "axes.titlesize": 9,
-                "figure.titlesize": 11,
-            }
-        )
-        yield
-
-
-def figure_of(width: float, height: float, title: str) -> Figure:
-    """An empty figure of so many inches."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
-    return figure
-
-
 def pareto(rows: Sequence[Row]) -> Figure:
     """Cache size against KL, one panel for each setting of the measurement.
 
@@ -123,9 +68,9 @@ def pareto(rows: Sequence[Row]) -> Figure:
     for row in rows:
         settings.setdefault(_setting(row), []).append(row)
     models = list(dict.fromkeys(row["model"] for row in rows if row["role"] == "conversion"))
+    longest = max(len(_look(row, models)["label"]) for row in rows)
     columns = min(3, len(settings))
     lines = ceil(len(settings) / columns)
-    longest = max(len(_look(row, models)["label"]) for row in rows)
     width = 4.6 * columns + 0.085 * longest + 0.6
     height = max(4.2 * lines, 0.23 * len(models) + 1.4)
     figure = figure_of(width, height, "KV cache against distance from the source")
@@ -148,19 +93,7 @@ def _setting(row: Row) -> str:
 
 
 def _pareto_panel(panel: Axes, rows: Sequence[Row], models: Sequence[str]) -> None:
-    front = sorted((row["kv_bytes_per_token"], row["kl"]) for row in rows if row["front"])
-    sizes, losses = zip(*front, strict=True)
-    panel.step(
-        sizes,
-        losses,
-        where="post",
-        color="0.6",
-        marker="o",
-        markersize=14,
-        markerfacecolor="none",
-        clip_on=False,  # the source lies on the axis
-        label="Pareto front",
-    )
+    _draw_front(panel, [row for row in rows if row["front"]])
     for row in rows:
         panel.plot(
             row["kv_bytes_per_token"],
@@ -172,28 +105,54 @@ def _pareto_panel(panel: Axes, rows: Sequence[Row], models: Sequence[str]) -> No
             **_look(row, models),
         )
     _size_axis(panel, rows)
+    _kl_axis(panel, max(row["kl"] for row in rows))
+    panel.grid()
+    panel.set_axisbelow(True)
+
+
+def _draw_front(panel: Axes, rows: Sequence[Row]) -> None:
+    front = sorted((row["kv_bytes_per_token"], row["kl"]) for row in rows)
+    panel.step(
+        *zip(*front, strict=True),
+        where="post",
+        color="0.6",
+        marker="o",
+        markersize=14,
+        markerfacecolor="none",
+        clip_on=False,  # the source lies on the axis
+        label="Pareto front",
+    )
+
+
+def _look(row: Row, models: Sequence[str]) -> dict[str, Any]:
+    if row["role"] == "source":
+        from matplotlib import rcParams  # noqa: PLC0415
+
+        label = f"{short(row['model'])} (source)"
+        return {
+            "label": label,
+            "color": rcParams["text.color"],
+            "marker": "*",
+            "markersize": 12,
+        }
+    index = models.index(row["model"])
+    return {
+        "label": short(row["model"]),
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 7,
+    }
+
+
+def _kl_axis(panel: Axes, highest: float) -> None:
+    """Logarithmic, but linear near 0, where the source is."""
     panel.set_yscale("symlog", linthresh=_LINEAR_KL, linscale=0.5)
-    panel.set_ylim(0, max(_LINEAR_KL, 1.4 * max(row["kl"] for row in rows)))
+    panel.set_ylim(0, max(_LINEAR_KL, 1.4 * highest))
     top = panel.get_ylim()[1]
     ticks = [tick for tick in _KL_TICKS if tick <= top]
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_yticks([], minor=True)
     panel.set_ylabel("KL(source ‖ model), nats per token")
-    panel.grid(color="0.92")
-    panel.set_axisbelow(True)
-
-
-def _look(row: Row, models: Sequence[str]) -> dict[str, Any]:
-    if row["role"] == "source":
-        label = f"{short(row['model'])} (source)"
-        return {"label": label, "color": "black", "marker": "*", "markersize": 12}
-    index = models.index(row["model"])
-    return {
-        "label": short(row["model"]),
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 7,
-    }
 
 
 def _size_axis(panel: Axes, rows: Sequence[Row]) -> None:
@@ -272,7 +231,7 @@ def _draw_lines(panels: Sequence[Axes], lines: Sequence[_Line], layers: Sequence
         panel.set_xlim(0, 1.1 * max(values) or 1)
         panel.set_title(name, color=colour)
         panel.set_xlabel(unit)
-        panel.grid(color="0.92")
+        panel.grid()
         panel.locator_params(axis="x", nbins=3)
 
 
@@ -334,8 +293,6 @@ def _numbers(panel: Axes, shares: Sequence[Sequence[float]], *, dark_below: floa
 
 def similarity(conversion: Conversion) -> Figure:
     """How alike the attention inputs of each two layers are; layers that share are framed."""
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
-
     shares = conversion.similarity
     assert shares is not None
     count = len(shares)
@@ -345,10 +302,7 @@ def similarity(conversion: Conversion) -> Figure:
     panel = figure.subplots()
     image = panel.imshow(shares, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
     _numbers(panel, shares, dark_below=0.5)
-    for layer in conversion.layers:
-        if layer.source != layer.layer:
-            corner = (layer.layer - 0.5, layer.source - 0.5)
-            panel.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_MEASURED, linewidth=2))
+    _frame_sharing(panel, conversion.layers)
     step = ceil(count / 24)
     panel.set_xticks(range(0, count, step))
     panel.set_yticks(range(0, count, step))
@@ -360,34 +314,10 @@ def similarity(conversion: Conversion) -> Figure:
     return figure
 
 
-def short(name: str, most: int = 36) -> str:
-    """A name that fits into a legend or title: of a long one both ends, which differ most.
+def _frame_sharing(panel: Axes, layers: Sequence[Layer]) -> None:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
 
-    Characters that the font has no glyph for are spelled out. A font of the machine might have
-    one, but then the same report would not have the same bytes everywhere.
-    """
-    parts = [_spelled(character) for character in visible(name)]
-    if sum(map(len, parts)) <= most:
-        return "".join(parts)
-    half = (most - 1) // 2
-    start, end = _first(parts, half), _first(parts[::-1], half)
-    return f"{''.join(start)}…{''.join(reversed(end))}"
-
-
-def _first(parts: Sequence[str], most: int) -> list[str]:
-    """As many of the first parts as have ``most`` characters in all."""
-    lengths = accumulate(map(len, parts))
-    return [part for part, length in zip(parts, lengths, strict=True) if length <= most]
-
-
-def _spelled(character: str) -> str:
-    drawn = ord(character) in _glyphs()
-    return character if drawn else character.encode("unicode_escape").decode()
-
-
-@cache
-def _glyphs() -> frozenset[int]:
-    """Code points that the default font can draw; it comes with matplotlib."""
-    from matplotlib.font_manager import findfont, get_font  # noqa: PLC0415
-
-    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
+    for layer in layers:
+        if layer.source != layer.layer:
+            corner = (layer.layer - 0.5, layer.source - 0.5)
+            panel.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_MEASURED, linewidth=2))

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.reporting.conversions import (
-    Conversion,
-    Evaluation,
-    LatentConversion,
-    MergedConversion,
-)
+from convert.reporting.conversions import Conversion, LatentConversion, MergedConversion
+from convert.reporting.measured import Evaluation
+from convert.reporting.runs import Run
 
 __all__ = [
     "Row",
@@ -19,6 +16,7 @@ __all__ = [
     "pareto_front",
     "pareto_rows",
     "similarity_rows",
+    "training_rows",
 ]
 
 Row = Mapping[str, Any]
@@ -145,4 +143,29 @@ def similarity_rows(conversion: Conversion) -> list[Row]:
         }
         for owner, shares in enumerate(conversion.similarity or [])
         for layer, share in zip(conversion.layers, shares, strict=True)
+    ]
+
+
+def training_rows(runs: Sequence[Run]) -> list[Row]:
+    """One row for each point of each run; losses in nats per token.
+
+    ``tokens`` counts from the conversion on, those of earlier runs included. ``kl`` and ``ce`` are
+    means over the training tokens since the point before, ``held_out_*`` those of the other text.
+    """
+    return [
+        {
+            "run": run.name,
+            "data": run.training.data.name,
+            "held_out": held.name if (held := run.training.eval_text) else None,
+            "held_out_sha256": held.sha256 if held else None,
+            "samples": run.training.recipe.eval_samples,
+            "context": run.training.recipe.context,
+            "tokens": run.before + point.tokens,
+            "kl": point.kl,
+            "ce": point.ce,
+            "held_out_kl": point.eval_kl,
+            "held_out_ce": point.eval_nll,
+        }
+        for run in runs
+        for point in run.training.curve
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint.writer import write_file
-from convert.reporting.plots import COLOURS, figure_of, render, short
+from convert.reporting.figures import COLOURS, figure_of, render, short
 from kvpatch.errors import OutputError, UsageError
 from kvpatch.memory import format_bytes
 

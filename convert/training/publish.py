@@ -15,7 +15,7 @@ from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.safetensors_header import tensor_bytes
 from convert.checkpoint.staging import MANIFEST, Staging
 from convert.checkpoint.writer import FileRecord, ShardWriter, copy_file, write_file
-from convert.reporting.plots import render
+from convert.reporting.figures import render
 from convert.reporting.training import training_curve
 from kvpatch.errors import VerificationError
 
