@@ -12,7 +12,10 @@ ON_OLDEST := $(addprefix tests/,\
 		masks.py memory.py patch.py patching.py training.py) \
 	real test_decoder.py test_verify.py test_evaluate.py)
 
-.PHONY: demo test test-oldest lint docs kernels benchmark clean
+# for the test that looks at a report in a browser
+BROWSER := .browser
+
+.PHONY: browser demo test test-oldest lint docs kernels benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvpatch demo
@@ -33,6 +36,9 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/api.py
 	$(BIN)/python docs/tables.py
 
+# a browser out of a package, which needs npm; without it that test is skipped
+browser: $(BROWSER)/.installed
+
 # compiles all kernels for all architectures without a GPU, which takes minutes, and keeps what came
 kernels: $(VENV)/.installed
 	$(BIN)/python -m tests.kernels.golden
@@ -50,5 +56,14 @@ $(OLDEST)/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) transformers==5.17.0
 	touch $@
 
+$(BROWSER)/.installed: $(VENV)/.installed
+	rm -rf $(BROWSER) && mkdir $(BROWSER)
+	$(BIN)/pip install --quiet --disable-pip-version-check playwright==1.65.2
+	npm install --loglevel=error --no-save --ignore-scripts --prefix $(BROWSER) @sparticuz/chromium@153.0.0
+	cd $(BROWSER) && TMPDIR=$$PWD node --input-type=module \
+		-e "import chromium from '@sparticuz/chromium'; await chromium.executablePath()"
+	rm -rf $(BROWSER)/node_modules
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(BROWSER) build dist *.egg-info

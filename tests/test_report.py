@@ -134,15 +134,17 @@ def test_only_equal_settings_are_compared(tmp_path: Path) -> None:
 
 def test_bytes_depend_on_the_manifests_alone(two: list[Path], tmp_path: Path) -> None:
     """Not on matplotlib's settings, hash seeds, the date or the folder."""
+    first = tmp_path / "first"
     with mpl.rc_context({"font.size": 20, "svg.hashsalt": "other", "axes.grid": True}):
-        assert report(*two, "--to", tmp_path / "first").exit_code == 0
+        assert report(*two, "--to", first, "--html", first / "all.html").exit_code == 0
     again = tmp_path / "elsewhere" / "second"
-    arguments = ["report", *map(str, two), "--to", str(again)]
+    arguments = ["report", *map(str, two), "--to", str(again), "--html", str(again / "all.html")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1"}
     subprocess.run(
         [sys.executable, "-m", "convert", *arguments], check=True, cwd=ROOT, env=environment
     )
-    for path in (tmp_path / "first").iterdir():
+    assert (first / "all.html").is_file()
+    for path in first.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 

@@ -9,7 +9,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from convert.reporting import plots
-from convert.reporting.conversions import Conversion, LatentConversion, MergedConversion
+from convert.reporting.conversions import (
+    Conversion,
+    LatentConversion,
+    MergedConversion,
+    by_conversion,
+)
 from convert.reporting.rows import (
     Row,
     latent_rows,
@@ -53,8 +58,11 @@ class Chart:
 
 
 def charts_of(conversions: Sequence[MergedConversion | LatentConversion]) -> list[Chart]:
-    """All plots that can be drawn of the conversions of one source."""
-    return [*_of_all(conversions), *(chart for one in conversions for chart in _of_one(one))]
+    """All plots that can be drawn of the conversions of one source; of equal ones the first."""
+    charts = list(_of_all(conversions))
+    for first, *_ in by_conversion(conversions):
+        charts += _of_one(first, drawn=[chart.rows for chart in charts])
+    return charts
 
 
 def _of_all(conversions: Sequence[Conversion]) -> Iterator[Chart]:
@@ -70,7 +78,9 @@ def _of_all(conversions: Sequence[Conversion]) -> Iterator[Chart]:
         )
 
 
-def _of_one(conversion: MergedConversion | LatentConversion) -> Iterator[Chart]:
+def _of_one(
+    conversion: MergedConversion | LatentConversion, *, drawn: Sequence[list[Row]]
+) -> Iterator[Chart]:
     name = conversion.name
     if isinstance(conversion, LatentConversion):
         rows, draw = latent_rows(conversion), partial(plots.latent_energy, conversion)
@@ -79,9 +89,9 @@ def _of_one(conversion: MergedConversion | LatentConversion) -> Iterator[Chart]:
         rows, merged = lost_energy_rows(conversion), partial(plots.lost_energy, conversion)
         yield Chart("lost-energy", name, _merged_words(name, rows), rows, merged)
     similar = similarity_rows(conversion)
-    if similar:
-        drawn = partial(plots.similarity, conversion)
-        yield Chart("similarity", name, _similarity_words(similar), similar, drawn)
+    if similar and similar not in drawn:
+        framed = partial(plots.similarity, conversion)
+        yield Chart("similarity", name, _similarity_words(similar), similar, framed)
 
 
 def _pareto_words(rows: Sequence[Row]) -> str:

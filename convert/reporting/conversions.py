@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,6 +23,7 @@ __all__ = [
     "Layer",
     "MergedConversion",
     "MergedLayer",
+    "by_conversion",
     "by_source",
     "read_conversions",
 ]
@@ -239,13 +242,28 @@ def by_source(conversions: Sequence[_C]) -> list[list[_C]]:
     return list(groups.values())
 
 
+def by_conversion(conversions: Sequence[_C]) -> list[list[_C]]:
+    """Those together that lost the same, as a conversion and what was trained from it; in order."""
+    groups: list[list[_C]] = []
+    for one in conversions:
+        for group in groups:
+            first = group[0]
+            if (one.recipe, one.layers, one.source) == (first.recipe, first.layers, first.source):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, as words for labels and files."""
-    paths = [folder.resolve().parts[1:] for folder in folders]
+    """Last parts of the paths, or all that they do not share, as words for labels and files."""
+    paths = [folder.resolve().parts for folder in folders]
     if len(set(paths)) != len(paths):
         raise UsageError("a folder is named twice", hint="Name each converted checkpoint once.")
-    for depth in range(1, max(map(len, paths)) + 1):
-        names = ["-".join(parts[-depth:]) for parts in paths]
+    common = len(Path(os.path.commonpath([folder.resolve() for folder in folders])).parts)
+    for first in (-1, common):
+        names = ["-".join(parts[first:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
     raise UsageError(
@@ -262,7 +280,8 @@ def _read(folder: Path, name: str) -> MergedConversion | LatentConversion:
             hint="Make a report of what it was exported from.",
         )
     try:
-        return _kind(manifest).model_validate({**manifest, "name": name})
+        # strict, but as JSON, where dataclasses are objects
+        return _kind(manifest).model_validate_json(json.dumps({**manifest, "name": name}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"

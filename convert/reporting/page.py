@@ -12,7 +12,7 @@ import jinja2
 from convert.console import visible
 from convert.reporting import summary
 from convert.reporting.charts import Chart
-from convert.reporting.conversions import LatentConversion, MergedConversion
+from convert.reporting.conversions import LatentConversion, MergedConversion, by_conversion
 from convert.reporting.inline import inline_svg
 from convert.reporting.runs import runs_of
 from kvpatch import __version__
@@ -67,6 +67,7 @@ def _content(study: Study, numbers: Iterator[int]) -> Mapping[str, Any]:
     return {
         "source": conversions[0].source.name,
         "facts": summary.source_facts(conversions),
+        "files": summary.source_files(conversions),
         "variants": summary.variant_table(conversions),
         "pareto": [drawn for chart, drawn in figures if chart.kind == "pareto"],
         "training": [drawn for chart, drawn in figures if chart.kind == "training"],
@@ -74,11 +75,17 @@ def _content(study: Study, numbers: Iterator[int]) -> Mapping[str, Any]:
         "evaluations": summary.evaluation_table(conversions),
         "probes": list(summary.probes(conversions)),
         "tasks": list(summary.task_tables(conversions)),
+        "losses": [
+            {
+                "names": [one.name for one in same],
+                "kind": same[0].kind,
+                "figures": [drawn for chart, drawn in figures if chart.about == same[0].name],
+            }
+            for same in by_conversion(conversions)
+        ],
         "conversions": [
             {
                 "name": one.name,
-                "kind": one.kind,
-                "figures": [drawn for chart, drawn in figures if chart.about == one.name],
                 "provenance": summary.provenance(one),
                 "recipe": summary.recipe_text(one),
             }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from typing import Any
 
 import yaml
@@ -22,6 +21,7 @@ __all__ = [
     "provenance",
     "recipe_text",
     "source_facts",
+    "source_files",
     "task_tables",
     "training_table",
     "variant_table",
@@ -34,16 +34,19 @@ _SETTING = ("text", "text_sha256", "windows", "context", "stride", "dtype")
 def source_facts(conversions: Sequence[Conversion]) -> list[tuple[str, str]]:
     """What is known of the source of these conversions, by what it is."""
     source = conversions[0].source
-    hashes = "\n".join(conversions[0].source_hashes)
     facts = [
         ("repository", source.repository),
         ("commit", source.revision),
         ("class", source.architecture),
         ("KV cache per token", format_bytes(conversions[0].kv_cache.bytes_per_token[0])),
-        ("weight files", str(len(source.files))),
-        ("sha256 of their sha256, sorted", sha256(hashes.encode()).hexdigest()),
     ]
     return [(name, value) for name, value in facts if value is not None]
+
+
+def source_files(conversions: Sequence[Conversion]) -> list[tuple[str, str]]:
+    """The weight files of the source, by name, with what they hash to."""
+    files = conversions[0].source.files
+    return [(name, f"sha256 {files[name].sha256}") for name in sorted(files)]
 
 
 def variant_table(conversions: Sequence[MergedConversion | LatentConversion]) -> Table:
@@ -122,7 +125,7 @@ def _distances(row: Row | None) -> list[str]:
     if row is None:
         return [_NONE] * 4
     return [
-        f"{row['kl']:.4f}",
+        f"{row['kl']:z.4f}",
         f"{row['perplexity']:.3f}",
         f"{100 * row['top1']:.1f} %",
         "yes" if row["front"] else "no",
@@ -137,10 +140,10 @@ def training_table(runs: Sequence[Run]) -> Table:
             "model",
             "text",
             "teacher",
+            "held-out text",
+            "trained",
             "tokens",
             "steps",
-            "trained",
-            "held-out text",
             "KL to the teacher",
             "cross entropy",
         ],
@@ -156,10 +159,10 @@ def _run_words(run: Run) -> list[str]:
         run.name,
         training.data.name,
         training.teacher or _NONE,
+        _NONE if held is None else held.name,
+        recipe.groups + adapters,
         f"{training.tokens:,}",
         f"{training.steps:,}",
-        recipe.groups + adapters,
-        _NONE if held is None else held.name,
         _change(run, "eval_kl") if training.teacher is not None else _NONE,
         _change(run, "eval_nll"),
     ]
@@ -197,7 +200,7 @@ def evaluation_table(conversions: Sequence[Conversion]) -> Table:
                     if (against := evaluation.against) is None
                     else [
                         f"{against.perplexity:.3f}",
-                        f"{against.kl:.4f}",
+                        f"{against.kl:z.4f}",
                         f"{100 * against.top1:.1f} %",
                     ]
                 ),

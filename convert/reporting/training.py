@@ -105,7 +105,18 @@ def _look(index: int) -> dict[str, Any]:
 
 def _loss_axes(panel: Axes, title: str) -> None:
     panel.set(title=title, xlabel="tokens", ylabel="nats per token")
+    panel.xaxis.set_major_formatter("{x:,.0f}")
     if not panel.lines:
         panel.set_axis_off()
     elif title.startswith("KL"):
-        panel.set_yscale("log")
+        _log_axis(panel)
+
+
+def _log_axis(panel: Axes) -> None:
+    """Ticks at 1, 2, 3 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=[1.0, 2.0, 3.0, 5.0]))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
