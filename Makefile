@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the oldest transformers we support, layered over the same environment
 OLDEST := .compat
+# for the test that looks at a report in a browser
+BROWSER := .browser
 WORKERS ?= 2
 # what touches transformers most; the rest of these folders differs in our own code alone
 ON_OLDEST := $(addprefix tests/,\
@@ -11,9 +13,6 @@ ON_OLDEST := $(addprefix tests/,\
 	$(addprefix kvpatch/test_,config.py generation.py interface.py latent_models.py loading.py \
 		masks.py memory.py patch.py patching.py training.py) \
 	real test_decoder.py test_verify.py test_evaluate.py)
-
-# for the test that looks at a report in a browser
-BROWSER := .browser
 
 .PHONY: browser demo test test-oldest lint docs kernels benchmark clean
 

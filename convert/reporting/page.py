@@ -75,20 +75,27 @@ def _content(study: Study, numbers: Iterator[int]) -> Mapping[str, Any]:
         "evaluations": summary.evaluation_table(conversions),
         "probes": list(summary.probes(conversions)),
         "tasks": list(summary.task_tables(conversions)),
-        "losses": [
-            {
-                "names": [one.name for one in same],
-                "kind": same[0].kind,
-                "figures": [drawn for chart, drawn in figures if chart.about == same[0].name],
-            }
-            for same in by_conversion(conversions)
-        ],
-        "conversions": [
+        "losses": _losses(conversions, figures),
+        "origins": [
             {
                 "name": one.name,
-                "provenance": summary.provenance(one),
+                "facts": summary.provenance(one),
                 "recipe": summary.recipe_text(one),
             }
             for one in conversions
         ],
     }
+
+
+def _losses(
+    conversions: Sequence[MergedConversion | LatentConversion], figures: Sequence[tuple[Chart, str]]
+) -> list[Mapping[str, Any]]:
+    """What was lost: one entry for all that lost the same."""
+    return [
+        {
+            "names": [one.name for one in same],
+            "kind": same[0].kind,
+            "figures": [drawn for chart, drawn in figures if chart.about == same[0].name],
+        }
+        for same in by_conversion(conversions)
+    ]

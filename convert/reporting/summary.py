@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from convert.reporting.conversions import Conversion, LatentConversion, MergedConversion
+from convert.reporting.measured import Evaluation
 from convert.reporting.rows import Row, pareto_rows
 from convert.reporting.runs import Run
 from convert.tables import Table, retrieval_heading, retrieval_tables, task_table
@@ -177,7 +178,6 @@ def _change(run: Run, key: str) -> str:
 
 def evaluation_table(conversions: Sequence[Conversion]) -> Table:
     """All measurements on texts, of all conversions."""
-    found = [(one, evaluation) for one in conversions for evaluation in one.evaluations]
     return Table(
         "Perplexity and distance from the source, by text",
         [
@@ -190,24 +190,21 @@ def evaluation_table(conversions: Sequence[Conversion]) -> Table:
             "same top token",
         ],
         [
-            [
-                conversion.name,
-                _setting(evaluation.model_dump()),
-                f"{evaluation.tokens:,}",
-                f"{evaluation.perplexity:.3f}",
-                *(
-                    [_NONE] * 3
-                    if (against := evaluation.against) is None
-                    else [
-                        f"{against.perplexity:.3f}",
-                        f"{against.kl:z.4f}",
-                        f"{100 * against.top1:.1f} %",
-                    ]
-                ),
-            ]
-            for conversion, evaluation in found
+            [conversion.name, *_evaluation_words(evaluation)]
+            for conversion in conversions
+            for evaluation in conversion.evaluations
         ],
     )
+
+
+def _evaluation_words(evaluation: Evaluation) -> list[str]:
+    against = evaluation.against
+    scored = [f"{evaluation.tokens:,}", f"{evaluation.perplexity:.3f}"]
+    compared = [_NONE] * 3
+    if against is not None:
+        agreed = f"{100 * against.top1:.1f} %"
+        compared = [f"{against.perplexity:.3f}", f"{against.kl:z.4f}", agreed]
+    return [_setting(evaluation.model_dump()), *scored, *compared]
 
 
 def probes(conversions: Sequence[Conversion]) -> Iterator[tuple[str, str, list[Table]]]:
