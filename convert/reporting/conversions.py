@@ -246,14 +246,17 @@ def by_conversion(conversions: Sequence[_C]) -> list[list[_C]]:
     """Those together that lost the same, as a conversion and what was trained from it; in order."""
     groups: list[list[_C]] = []
     for one in conversions:
-        for group in groups:
-            first = group[0]
-            if (one.recipe, one.layers, one.source) == (first.recipe, first.layers, first.source):
-                group.append(one)
-                break
-        else:
+        same = next((group for group in groups if _alike(group[0], one)), None)
+        if same is None:
             groups.append([one])
+        else:
+            same.append(one)
     return groups
+
+
+def _alike(one: Conversion, other: Conversion) -> bool:
+    keys = ("source", "recipe", "kv_cache", "layers", "similarity")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
