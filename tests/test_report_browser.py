@@ -39,7 +39,7 @@ class _Browser:
 
 
 def _browser() -> _Browser:
-    if OURS.is_file():
+    if OURS.with_name(".installed").is_file():
         return _Browser(str(OURS), ONE_PROCESS)
     found = next(filter(None, map(shutil.which, OTHERS)), None)
     if found is None:
