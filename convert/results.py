@@ -17,7 +17,7 @@ from convert.hub.results import eval_results
 from convert.texts import Text
 from kvpatch.errors import OutputError, UsageError
 
-__all__ = ["check_saveable", "check_text", "save_results", "torch_dtype"]
+__all__ = ["check_saveable", "check_text", "save_results", "torch_dtype", "without_results"]
 
 _CARD = "README.md"
 _EVAL_RESULTS = ".eval_results"
@@ -98,6 +98,16 @@ _KINDS = {
         lambda found: found["metrics"][0]["mean"]["source"] is not None,
     ),
 }
+
+
+def without_results(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without any measurement, for a checkpoint that is to have other weights."""
+    files = manifest["files"].items()
+    return {
+        **{key: value for key, value in manifest.items() if key not in _KINDS},
+        "evaluations": [],
+        "files": {name: record for name, record in files if not name.startswith(_EVAL_RESULTS)},
+    }
 
 
 def save_results(folder: Path, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
