@@ -64,7 +64,8 @@ def check_text(folder: Path, text: Text) -> None:
         UsageError: If it is that text, which flatters the checkpoint.
     """
     manifest = read_manifest(folder)
-    calibration, trainings = manifest["calibration"], manifest.get("trainings", [])
+    calibration, steps = manifest["calibration"], [*manifest.get("lineage", []), manifest]
+    trainings = [training for step in steps for training in step.get("trainings", [])]
     seen = {"trained": {training["data"]["sha256"] for training in trainings}}
     seen["calibrated"] = set() if calibration is None else {calibration["text_sha256"]}
     for done, texts in seen.items():

@@ -265,9 +265,13 @@ def test_a_local_teacher_must_be_given(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_text_that_was_trained_on_is_no_measurement(place: Place, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert place.uptrain(place.converted("gqa"), out, "--tokens", "64").code == 0
-    evaluation = ["eval", str(out), "--text", str(place.text), "--context", "16", "--save"]
-    run = cli(evaluation)
-    assert run.code == 2
-    assert "was trained on" in run.err
+    """Nor is it one of what is exported from the trained model."""
+    out, native = tmp_path / "out", tmp_path / "native"
+    assert place.uptrain(place.converted("mla"), out, "--tokens", "64").code == 0
+    assert cli(["export", str(out), str(native), "--target", "native", "-q"]).code == 0
+    for folder in (out, native):
+        text = ("--text", str(place.text), "--context", "16")
+        run = cli(["eval", str(folder), *text, "--save"])
+        assert run.code == 2
+        assert "was trained on" in run.err
+    assert "Then its weights were changed, as by training." in (native / "README.md").read_text()
