@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from convert.loading import load_tokenizer
 from convert.training.fusing import computed_by, fuse, on_gpu
 from convert.training.loop import Outcome, Training, make_accelerator
 from convert.training.recipe import UptrainRecipe
+from kvpatch.attention import fused
+from kvpatch.models.scores_kvpatch import FUSED
 from tests.families.stock import make
 from tests.families.tiny import settings
 from tests.helpers import assert_close, load_folder
@@ -44,15 +47,17 @@ def _trained(place: Place, kind: str, *, fused: bool, tokens: int) -> tuple[Outc
 def _assert_same(place: Place, kind: str, tokens: int) -> Outcome:
     """Fail unless patched models give the losses and weights of models that are not."""
     plain, ours, _ = _trained(place, kind, fused=False, tokens=tokens)
-    fused, theirs, said = _trained(place, kind, fused=True, tokens=tokens)
+    patched, theirs, said = _trained(place, kind, fused=True, tokens=tokens)
     assert not plain.attention
+    functions = [model.config._attn_implementation == FUSED for model in (ours, theirs)]
+    assert functions == [False, True]
     assert said.startswith("attention of the student: kernels compute all attention of")
-    for have, want in zip(fused.curve, plain.curve, strict=True):
+    for have, want in zip(patched.curve, plain.curve, strict=True):
         assert have == pytest.approx(want, rel=1e-5)
     assert plain.curve[-1]["eval_kl"] != plain.curve[0]["eval_kl"]
     for have, want in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert_close(have.detach(), want.detach(), atol=1e-5)
-    return fused
+    return patched
 
 
 @pytest.mark.parametrize("kind", ["gqa", "cla", "mla"])
@@ -72,16 +77,21 @@ def test_kernels_train_packed_documents_to_the_same_losses(place: Place) -> None
         assert lines[0] == f"kernels compute all attention of {layers} of {layers} modules"
 
 
-def test_the_record_is_of_the_dtype_that_is_computed_in() -> None:
+def test_the_record_is_of_the_dtype_that_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands are in the dtype of autocast, and weights in another."""
-    model = make("llama", settings("llama")).double()
-    fuse(model)
-    with interpreting():
-        import_kernels()
-        assert "float64" in computed_by(model)[1]
-        with torch.autocast("cpu", torch.bfloat16):
-            (line,) = computed_by(model.float())[1:]
-    assert "float" not in line
+    model, asked = make("llama", settings("llama")), list[torch.dtype]()
+    choose = fused.choose
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> tuple[str, str | None]:
+        asked.extend(operand.dtype for operand in (query, key, value))
+        return choose(query, key, value, **how)
+
+    monkeypatch.setattr(fused, "choose", noted)
+    for dtype in (torch.float32, torch.bfloat16):
+        asked.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            computed_by(model)
+        assert set(asked) == {dtype}
 
 
 def test_a_model_that_kernels_know_nothing_of_is_left_alone() -> None:
