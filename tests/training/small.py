@@ -23,7 +23,11 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "gqa": ("gqa", "--kv-heads", "2"),
     "mqa": ("mqa",),
     "cla": ("cla", "--share", "2"),
-    "mla": ("mla", "--rank", "24", "--rope-dims", "8", "--target", "kvpatch"),
+    "mla": (
+        *("mla", "--rank", "24", "--rope-dims", "8"),
+        "--target=kvpatch",
+        "--rope-select=stride",
+    ),
 }
 
 
