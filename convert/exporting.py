@@ -168,8 +168,8 @@ def _norm_errors(
                 f"layer {layer}: the latent norm changes latents by up to {error:.1e} of their "
                 f"size, more than {dtype} rounds ({most:.1e}); without it the model would be "
                 "another",
-                hint="Train the form of --target kvpatch, which has no such norm, and export it "
-                "afterwards; or choose a --dtype that rounds more.",
+                hint="kvpatch export --target kvpatch writes a form without such a norm, which is "
+                "to be trained instead; with a --dtype that rounds more it takes this model, too.",
             )
         errors.append(error)
     return tuple(errors)
