@@ -35,7 +35,7 @@ from transformers import DynamicCache, StaticCache
 import kvpatch
 from benchmarks.designs import LLAMA, TINY, Design, designs
 from benchmarks.environment import environment, write_result
-from benchmarks.timing import Machine
+from benchmarks.timing import Machine, arguments_of
 
 _USED = 0.94  # of the memory that is free, for weights and cache; the rest is for activations
 _WARM_UP = 3  # steps before a graph is recorded
@@ -210,15 +210,8 @@ def _print(run: Mapping[str, Any]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", help="default: bfloat16, float32 on the CPU")
-    parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument("--rounds", type=int, help="default: 16, 1 with --small")
     parser.add_argument("--contexts", type=int, nargs="+", help="cached tokens of a sequence")
-    arguments = parser.parse_args()
-    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
-    arguments.rounds = arguments.rounds or (1 if arguments.small else 16)
-    return arguments
+    return arguments_of(parser, rounds=16)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.environment import environment, write_result
 from benchmarks.peers import WAYS
-from benchmarks.timing import Ceilings, Machine, difference
+from benchmarks.timing import Ceilings, Machine, arguments_of, difference
 
 _GRADIENTS = 2.5
 
@@ -200,15 +200,8 @@ def _print(case: Mapping[str, Any]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", help="default: bfloat16, float32 on the CPU")
-    parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument("--rounds", type=int, help="default: 30, 1 with --small")
     parser.add_argument("--only", default="", help="cases whose op and name contain this")
-    arguments = parser.parse_args()
-    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
-    arguments.rounds = arguments.rounds or (1 if arguments.small else 30)
-    return arguments
+    return arguments_of(parser, rounds=30)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ceilings", "Machine", "Way", "difference"]
+__all__ = ["Ceilings", "Machine", "Way", "arguments_of", "difference"]
 
 Way = Callable[[], Any]
 
@@ -127,6 +128,23 @@ class Machine:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end))
+
+
+def arguments_of(parser: argparse.ArgumentParser, *, rounds: int) -> argparse.Namespace:
+    """Arguments of a benchmark of kernels: its own, and those that say where and how often.
+
+    Args:
+        parser: With what the benchmark has of its own.
+        rounds: Of each measurement, if not given and not a proof.
+    """
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", help="default: bfloat16, float32 on the CPU")
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--rounds", type=int, help=f"default: {rounds}, 1 with --small")
+    found = parser.parse_args()
+    found.dtype = found.dtype or ("float32" if found.device == "cpu" else "bfloat16")
+    found.rounds = found.rounds or (1 if found.small else rounds)
+    return found
 
 
 def _summary(milliseconds: Sequence[float]) -> dict[str, float]:

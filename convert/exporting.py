@@ -71,7 +71,7 @@ def export_of(recipe: ExportRecipe, checkpoint: Checkpoint) -> Export:
             f"this model is a {source.architecture} already", hint="Give --target native."
         )
     _check_shapes(source, checkpoint)
-    errors = _norm_errors(source, checkpoint, recipe.dtype or source.facts.dtype)
+    errors = _norm_errors(source, checkpoint, recipe.dtype)
     target, cached_rank = _target(source, recipe, query_bias=_query_bias(source, checkpoint))
     facts = source.facts
     scheme = Scheme(
@@ -146,12 +146,20 @@ def _check_shapes(source: LatentSource, checkpoint: Checkpoint) -> None:
                 )
 
 
-def _norm_errors(source: LatentSource, checkpoint: Checkpoint, dtype: str) -> tuple[float, ...]:
-    """What is neglected in each layer; refused where it is more than a rounding to ``dtype``."""
-    form = source.stock
+def _norm_errors(
+    source: LatentSource, checkpoint: Checkpoint, dtype: str | None
+) -> tuple[float, ...]:
+    """What is neglected in each layer.
+
+    Refused where it is more than a rounding to the dtype of the source, for which its norm was
+    made inert, or to the one that is written, if that rounds more.
+    """
+    form, own = source.stock, source.facts.dtype
     if form is None:
         return (0.0,) * source.facts.layers
-    names, most = norm_inputs(form), torch.finfo(getattr(torch, dtype)).eps / 2
+    roundings = {name: torch.finfo(getattr(torch, name)).eps / 2 for name in (own, dtype or own)}
+    dtype = max(roundings, key=roundings.__getitem__)
+    names, most = norm_inputs(form), roundings[dtype]
     errors = []
     for layer in range(source.facts.layers):
         error = norm_error(source.tensors(checkpoint, layer, names), form)
@@ -160,8 +168,8 @@ def _norm_errors(source: LatentSource, checkpoint: Checkpoint, dtype: str) -> tu
                 f"layer {layer}: the latent norm changes latents by up to {error:.1e} of their "
                 f"size, more than {dtype} rounds ({most:.1e}); without it the model would be "
                 "another",
-                hint="Train the form of --target kvpatch, which has no such norm, and export it "
-                "afterwards; or choose a --dtype that rounds more.",
+                hint="kvpatch export --target kvpatch writes a form without such a norm, which is "
+                "to be trained instead; with a --dtype that rounds more it takes this model, too.",
             )
         errors.append(error)
     return tuple(errors)

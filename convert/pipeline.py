@@ -104,24 +104,9 @@ def prepare(
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
         windows = _windows(recipe, source)
-        latents: LatentChoice | None = None
-        if isinstance(recipe, ExportRecipe):
-            assert export is not None
-            scheme = export.scheme
-        elif isinstance(recipe, MlaRecipe):
-            sources = _sources(recipe, facts, checkpoint, windows)
-            sizes, planes, latents = choose_latents(
-                recipe,
-                facts,
-                checkpoint,
-                sources=sources,
-                tokens=None if windows is None else windows.tokens,
-                to_write=to_write,
-                progress=lambda n: progress("looking", n, facts.layers) if progress else None,
-            )
-            scheme = latent_scheme(recipe, facts, sizes, planes, sources)
-        else:
-            scheme = scheme_of(recipe, facts, _sources(recipe, facts, checkpoint, windows))
+        scheme, latents = _chosen(
+            recipe, facts, checkpoint, export, windows, to_write=to_write, progress=progress
+        )
         warnings = [*checkpoint.warnings, *scheme.warnings]
         metadata: dict[str, Any] = {}
         try:
@@ -154,6 +139,35 @@ def prepare(
             metadata=metadata,
             warnings=warnings,
         )
+
+
+def _chosen(
+    recipe: Recipe,
+    facts: ModelFacts,
+    checkpoint: Checkpoint,
+    export: Export | None,
+    windows: Windows | None,
+    *,
+    to_write: bool,
+    progress: Progress | None,
+) -> tuple[Scheme, LatentChoice | None]:
+    """What a conversion does, after all choices; with latents, how those were made."""
+    if isinstance(recipe, ExportRecipe):
+        assert export is not None
+        return export.scheme, None
+    sources = _sources(recipe, facts, checkpoint, windows)
+    if not isinstance(recipe, MlaRecipe):
+        return scheme_of(recipe, facts, sources), None
+    sizes, planes, latents = choose_latents(
+        recipe,
+        facts,
+        checkpoint,
+        sources=sources,
+        tokens=None if windows is None else windows.tokens,
+        to_write=to_write,
+        progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+    )
+    return latent_scheme(recipe, facts, sizes, planes, sources), latents
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:

@@ -69,9 +69,10 @@ def _lineage(
     if earlier is None:
         return []
     recorded = {name: record["sha256"] for name, record in earlier["files"].items()}
-    trained = any(recorded.get(name) != record.sha256 for name, record in sources.items())
-    last = {key: earlier[key] for key in ("source", "recipe", "calibration", "layers")}
-    return [*earlier.get("lineage", []), {**last, "trained": trained}]
+    moved = any(recorded.get(name) != record.sha256 for name, record in sources.items())
+    kept = ("source", "recipe", "calibration", "layers", "trainings")
+    last = {key: earlier[key] for key in kept if key in earlier}
+    return [*earlier.get("lineage", []), {**last, "trained": moved or "trainings" in last}]
 
 
 def _calibration(prepared: Prepared) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from convert.hub.results import eval_results
 from convert.texts import Text
 from kvpatch.errors import OutputError, UsageError
 
-__all__ = ["check_saveable", "check_text", "save_results", "torch_dtype"]
+__all__ = ["check_saveable", "check_text", "save_results", "torch_dtype", "without_results"]
 
 _CARD = "README.md"
 _EVAL_RESULTS = ".eval_results"
@@ -64,7 +64,8 @@ def check_text(folder: Path, text: Text) -> None:
         UsageError: If it is that text, which flatters the checkpoint.
     """
     manifest = read_manifest(folder)
-    calibration, trainings = manifest["calibration"], manifest.get("trainings", [])
+    calibration, steps = manifest["calibration"], [*manifest.get("lineage", []), manifest]
+    trainings = [training for step in steps for training in step.get("trainings", [])]
     seen = {"trained": {training["data"]["sha256"] for training in trainings}}
     seen["calibrated"] = set() if calibration is None else {calibration["text_sha256"]}
     for done, texts in seen.items():
@@ -98,6 +99,16 @@ _KINDS = {
         lambda found: found["metrics"][0]["mean"]["source"] is not None,
     ),
 }
+
+
+def without_results(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without any measurement, for a checkpoint that is to have other weights."""
+    files = manifest["files"].items()
+    return {
+        **{key: value for key, value in manifest.items() if key not in _KINDS},
+        "evaluations": [],
+        "files": {name: record for name, record in files if not name.startswith(_EVAL_RESULTS)},
+    }
 
 
 def save_results(folder: Path, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

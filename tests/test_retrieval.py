@@ -263,6 +263,9 @@ def test_the_command_measures_text_and_keys_and_saves_both(
         ([], "nothing to measure"),
         (["--retrieval", "--lengths", "64,many"], "--lengths 64,many"),
         (["--retrieval", "--depths", ""], "--depths"),
+        (["--tasks", "arc_easy", "--lengths", "64"], "--lengths is for --retrieval, which is not"),
+        (["--retrieval", "--context", "64"], "--context is for --text"),
+        (["--retrieval", "--num-fewshot", "1"], "--num-fewshot is for --tasks"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(

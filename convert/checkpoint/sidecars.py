@@ -43,6 +43,8 @@ DOWNLOADED = (
     "*.safetensors.index.json",
     "README.md",
     "kvpatch.json",
+    "training.png",
+    ".eval_results/*",
     "*_kvpatch.py",
     *SIDE_FILES,
     "*LICENSE*",  # the Hub's patterns tell cases apart

@@ -119,7 +119,7 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         # nothing is worth resuming if no shard is done, or if the source is not what it was
-        begun = self.finished or self.scratch.exists()
+        begun = self.finished or (self.scratch.exists() and any(self.scratch.iterdir()))
         if self.path.exists() and (not begun or isinstance(error, UntrustedSourceError)):
             shutil.rmtree(self.path)
         self._drop_lock()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,9 +14,11 @@ from convert.commands.flags import Debug, Json, Quiet
 from convert.console import Console
 from kvpatch.errors import UsageError
 
-__all__ = ["eval"]
+if TYPE_CHECKING:
+    from convert.loading import Pair
+    from convert.texts import Text
 
-_N = TypeVar("_N", int, float)
+__all__ = ["eval"]
 
 
 @command
@@ -32,21 +34,34 @@ def eval(  # noqa: A001 - the command's name
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="The source, to compare with.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a window; default 512.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; default: no overlap.")
+    context: Annotated[
+        int | None, typer.Option(help="Text: tokens of a window; default 512.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Use the first windows only.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Text: tokens between windows; default: no overlap.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Text: use the first windows only.")
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help="Retrieval: tokens of the texts, 256,512; default: up to 4,096."),
     ] = None,
     depths: Annotated[
-        str, typer.Option(help="Retrieval: where the key is stated, in percent.")
-    ] = "0,25,50,75,100",
-    trials: Annotated[int, typer.Option(min=1, help="Retrieval: number of keys.")] = 20,
-    key: Annotated[str, typer.Option(help="Retrieval: keys of digits or words.")] = "digits",
-    seed: Annotated[int, typer.Option(min=0, help="Retrieval: draws keys and texts.")] = 0,
+        str | None,
+        typer.Option(
+            help="Retrieval: where the key is stated, in percent; default: 0,25,50,75,100."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Retrieval: number of keys; default 20.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Retrieval: keys of digits or words; default: digits.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Retrieval: draws keys and texts; default 0.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Tasks: ask only the first questions of each.")
     ] = None,
@@ -78,77 +93,111 @@ def eval(  # noqa: A001 - the command's name
         kvpatch eval ./llama-2-7b-gqa8 --retrieval --lengths 1024,4096 --against ./llama-2-7b
         kvpatch eval ./llama-2-7b-gqa8 --tasks arc_easy,piqa --against ./llama-2-7b
     """
-    if text is None and not retrieval and tasks is None:
-        raise UsageError("nothing to measure", hint="Give --text FILE, --retrieval or --tasks.")
-    sizes = None if lengths is None else _numbers("--lengths", lengths, int)
-    places = _numbers("--depths", depths, float)
+    options = locals()
+    kinds = _kinds(options)
+    console = Console(json=json, quiet=quiet)
+    _measure(options, {kind: _settings(kind, options) for kind in kinds}, console)
 
+
+# what can be measured, and the flags that are for it alone
+_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "text": ("context", "stride", "samples"),
+    "retrieval": ("lengths", "depths", "trials", "key", "seed"),
+    "tasks": ("limit", "num_fewshot", "include_path"),
+}
+_NUMBERS: Mapping[str, Callable[[str], float]] = {"lengths": int, "depths": float}
+
+
+def _kinds(options: Mapping[str, Any]) -> list[str]:
+    """What is to be measured.
+
+    Raises:
+        UsageError: If nothing is, or a flag is for something that is not.
+    """
+    kinds = [kind for kind in _FLAGS if options[kind]]
+    if not kinds:
+        raise UsageError("nothing to measure", hint="Give --text FILE, --retrieval or --tasks.")
+    for kind in _FLAGS.keys() - set(kinds):
+        for key in _FLAGS[kind]:
+            if options[key] is not None:
+                flag = f"--{key.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag} is for --{kind}, which is not asked for",
+                    hint=f"Give --{kind}, or leave {flag} out.",
+                )
+    return kinds
+
+
+def _settings(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of what measures one kind; what was not given keeps its default."""
+    given = {key: options[key] for key in _FLAGS[kind] if options[key] is not None}
+    return {
+        key: _numbers(f"--{key}", value, _NUMBERS[key]) if key in _NUMBERS else value
+        for key, value in given.items()
+    }
+
+
+def _measure(
+    options: Mapping[str, Any], settings: Mapping[str, dict[str, Any]], console: Console
+) -> None:
+    """Measure all kinds on one loaded pair, show the results and save them if asked to."""
     from convert import loading, results, views  # noqa: PLC0415
-    from convert.evaluate import measure_text  # noqa: PLC0415
-    from convert.harness import check_harness, run_tasks  # noqa: PLC0415
+    from convert.harness import check_harness  # noqa: PLC0415
     from convert.hub import fetch_source  # noqa: PLC0415
-    from convert.retrieval import built_in_text, measure_retrieval  # noqa: PLC0415
     from convert.texts import read_text  # noqa: PLC0415
 
-    console = Console(json=json, quiet=quiet)
-    folder = fetch_source(model).path
-    content = read_text(text) if text is not None else None
-    if tasks is not None:
+    folder, against = fetch_source(options["model"]).path, options["against"]
+    content = read_text(options["text"]) if "text" in settings else None
+    if "tasks" in settings:
         check_harness()
-    if save:  # before the work, not after it
+    if options["save"]:  # before the work, not after it
         results.check_saveable(folder)
         if content is not None:
             results.check_text(folder, content)
     pair = loading.load_pair(
         folder,
         fetch_source(against).path if against is not None else None,
-        dtype=results.torch_dtype(dtype),
-        device=device,
+        dtype=results.torch_dtype(options["dtype"]),
+        device=options["device"],
     )
-    measured: dict[str, list[dict[str, Any]]] = {}
-    if content is not None:
-        with console.progress("evaluating", unit="windows") as progress:
-            evaluation = measure_text(
-                pair,
-                content,
-                context=context,
-                stride=stride,
-                samples=samples,
-                batch=batch,
-                progress=progress,
-            )
-        measured["evaluations"] = [asdict(evaluation)]
-    if retrieval:
-        with console.progress("retrieving", unit="texts") as progress:
-            probe = measure_retrieval(
-                pair,
-                content or built_in_text(),
-                lengths=sizes,
-                depths=places,
-                trials=trials,
-                key=key,
-                seed=seed,
-                batch=batch,
-                progress=progress,
-            )
-        measured["retrieval"] = [asdict(probe)]
-    if tasks is not None:
-        with console.bars_of_others():
-            scores = run_tasks(
-                pair,
-                tasks.split(","),
-                limit=limit,
-                num_fewshot=num_fewshot,
-                include_path=include_path,
-                batch=batch,
-            )
-        measured["tasks"] = [asdict(score) for score in scores]
+    measured = _measured(pair, content, options, settings, console)
     console.result(views.measured_data(measured), lambda: views.print_measured(measured, console))
-    if save:
+    if options["save"]:
         results.save_results(folder, measured)
 
 
-def _numbers(flag: str, words: str, kind: Callable[[str], _N]) -> list[_N]:
+def _measured(
+    pair: Pair,
+    content: Text | None,
+    options: Mapping[str, Any],
+    settings: Mapping[str, dict[str, Any]],
+    console: Console,
+) -> dict[str, list[dict[str, Any]]]:
+    """Results by kind, as ``save_results`` takes them."""
+    from convert.evaluate import measure_text  # noqa: PLC0415
+    from convert.harness import run_tasks  # noqa: PLC0415
+    from convert.retrieval import built_in_text, measure_retrieval  # noqa: PLC0415
+
+    batch, measured = options["batch"], dict[str, list[dict[str, Any]]]()
+    if content is not None:
+        with console.progress("evaluating", unit="windows") as progress:
+            how = settings["text"]
+            evaluation = measure_text(pair, content, **how, batch=batch, progress=progress)
+        measured["evaluations"] = [asdict(evaluation)]
+    if "retrieval" in settings:
+        with console.progress("retrieving", unit="texts") as progress:
+            around, how = content or built_in_text(), settings["retrieval"]
+            probe = measure_retrieval(pair, around, **how, batch=batch, progress=progress)
+        measured["retrieval"] = [asdict(probe)]
+    if "tasks" in settings:
+        with console.bars_of_others():
+            names = options["tasks"].split(",")
+            scores = run_tasks(pair, names, **settings["tasks"], batch=batch)
+        measured["tasks"] = [asdict(score) for score in scores]
+    return measured
+
+
+def _numbers(flag: str, words: str, kind: Callable[[str], float]) -> list[float]:
     try:
         return [kind(word) for word in words.split(",")]
     except ValueError as error:

@@ -32,8 +32,15 @@ __all__ = ["Pushed", "push_folder"]
 Progress = Callable[[str, int, int], None]
 Tree = Mapping[str, "RepoFile"]
 
-# weights beside ours and indexes that name other weights would be loaded, or contradict ours
-_STALE = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+# weights beside ours and indexes that name other weights would be loaded, or contradict ours; the
+# Hub shows scores of other weights as if they were of ours
+_STALE = (
+    "*.safetensors",
+    "*.bin",
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+    ".eval_results/*",
+)
 
 
 @dataclass(frozen=True, slots=True)

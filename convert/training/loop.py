@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from convert.training import checkpoints
 from convert.training.curve import RECOVERED, Point, tokens_to_recover
 from convert.training.data import IGNORED, Batch, Encoder, Sequences, pieces_of, stack
+from convert.training.fusing import Decision, computed_by, fuse, on_gpu
 from convert.training.groups import Group, parameter_groups, rate_factor
 from convert.training.recipe import UptrainRecipe
 from convert.training.schedule import rate
@@ -43,6 +44,7 @@ class Outcome:
         packed: Whether sequences held several documents.
         rates: Highest learning rate by group of parameters.
         trained: Number of parameters that were trained.
+        attention: What computed the attention of each model whose attention was fused.
     """
 
     tokens: int
@@ -52,6 +54,7 @@ class Outcome:
     packed: bool
     rates: dict[str, float]
     trained: int
+    attention: dict[str, list[str]]
 
 
 @contextmanager
@@ -69,11 +72,24 @@ def make_accelerator(recipe: UptrainRecipe) -> Iterator[Any]:
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
         gradient_accumulation_steps=recipe.grad_accumulation,
     )
+    _keep_sums_exact(accelerator)
     try:
         yield accelerator
     finally:  # else the next run of this process could not have another precision
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _keep_sums_exact(accelerator: Any) -> None:
+    """Sum gradients in float32 where they are sharded, and leave the losses in it.
+
+    accelerate would have both in the dtype of the arithmetic, which holds three digits.
+    """
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 @dataclass(slots=True)
@@ -100,6 +116,7 @@ class Training:
         folder: For checkpoints; one there is continued. None keeps none.
         progress: Called with what is done, how much of it just was, and how much it is.
         note: Called with messages.
+        fused: Whether kernels compute attention.
     """
 
     def __init__(
@@ -113,6 +130,7 @@ class Training:
         folder: Path | None = None,
         progress: Progress | None = None,
         note: Note | None = None,
+        fused: Decision = on_gpu,
     ) -> None:
         self._recipe, self._accelerator, self._folder = recipe, accelerator, folder
         self._progress, self._note = progress, note
@@ -122,8 +140,8 @@ class Training:
         self._size: int = recipe.batch * recipe.grad_accumulation * accelerator.num_processes
         self._per_step: int = self._size * context
         self.steps: int = math.ceil(recipe.tokens / self._per_step)
-        models = [model for model in (student, teacher) if model is not None]
-        self._packed = all(packs(model) for model in models)
+        models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+        self._packed = all(map(packs, models.values()))
         encode = Encoder(tokenizer)
         common: dict[str, Any] = {"context": context, "packed": self._packed}
         self._text = Sequences(
@@ -147,8 +165,13 @@ class Training:
             betas=_BETAS,
             weight_decay=0.0,
         )
+        fusing = models if fused(accelerator.device) else {}
+        for model in fusing.values():
+            fuse(model)
         module = Distillation(student, teacher, packed=self._packed)
         self.model, self._optimizer = accelerator.prepare(module, optimizer)
+        with accelerator.autocast():
+            self._attention = {name: computed_by(model) for name, model in fusing.items()}
         self._state = _State()
 
     def run(self) -> Outcome:
@@ -159,6 +182,8 @@ class Training:
         """
         torch.manual_seed(self._recipe.seed)
         self._resume()
+        for name, lines in self._attention.items():
+            self._say(f"attention of the {name}: " + "; ".join(lines))
         state, per_step = self._state, self._per_step
         measured = self._interval(self._recipe.eval_every)
         kept = self._interval(self._recipe.checkpoint_every)
@@ -185,6 +210,7 @@ class Training:
             packed=self._packed,
             rates={group.name: self._recipe.lr * self._shared_rate for group in self._groups},
             trained=sum(p.numel() for g in self._groups for p in g.parameters.values()),
+            attention=self._attention,
         )
 
     def _interval(self, tokens: int | None) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from convert.reporting.figures import render
 from convert.reporting.training import training_curve
 from kvpatch.errors import VerificationError
 
-__all__ = ["CURVE", "stored_names", "write_result"]
+__all__ = ["CURVE", "copy_files", "stored_names", "write_result", "write_weights"]
 
 CURVE = "training.png"
 _CARD = "README.md"
+_MADE = {MANIFEST, _CARD, CURVE}
 
 
 def stored_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,18 +58,33 @@ def write_result(
     Raises:
         VerificationError: If a weight has another shape than at the start, or is not finite.
     """
-    for file in start.files:
-        if file not in staging.finished:
-            staging.record(file, _write_shard(staging, start, file, weights, progress), [])
-    files = {file: record for file, (record, _) in staging.finished.items()}
-    made = {*files, MANIFEST, _CARD, CURVE}
-    for name in sorted(set(manifest["files"]) - made):
-        files[name] = copy_file(guarded_path(start.root, name), staging.path / name)
+    files = write_weights(staging, start, weights, progress)
+    files |= copy_files(start.root, staging, manifest["files"].keys() - files.keys() - _MADE)
     content = {key: value for key, value in manifest.items() if key not in {"files", "versions"}}
     picture = render(lambda: training_curve(content["trainings"][-1]))["png"]
     files[CURVE] = write_file(staging.path / CURVE, picture)
     files[_CARD] = write_file(staging.path / _CARD, render_card(content))
     write_file(staging.path / MANIFEST, encode_manifest(content, files))
+
+
+def write_weights(
+    staging: Staging,
+    start: Checkpoint,
+    weights: Mapping[str, Tensor],
+    progress: Callable[[int], None],
+) -> dict[str, FileRecord]:
+    """Write the weight files alone, with arguments and errors as of ``write_result``."""
+    for file in start.files:
+        if file not in staging.finished:
+            staging.record(file, _write_shard(staging, start, file, weights, progress), [])
+    return {file: record for file, (record, _) in staging.finished.items()}
+
+
+def copy_files(root: Path, staging: Staging, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Copy files of a folder, given by their names in it."""
+    return {
+        name: copy_file(guarded_path(root, name), staging.path / name) for name in sorted(names)
+    }
 
 
 def _write_shard(

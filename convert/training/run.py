@@ -24,18 +24,22 @@ from convert.loading import (
     quiet_transformers,
 )
 from convert.resources import check_disk, check_ram
+from convert.results import without_results
 from convert.signals import sigterm_unwinds
 from convert.training.groups import adapted_modules
 from convert.training.loop import Note, Outcome, Progress, Training, make_accelerator
+from convert.training.native import Detour, detour_of
 from convert.training.publish import stored_names, write_result
 from convert.training.recipe import UptrainRecipe
 from convert.training.student import check_head
-from kvpatch.errors import InputModelError, UsageError
+from kvpatch.errors import UsageError
 
 __all__ = ["Prepared", "prepare", "uptrain"]
 
 # bytes of a parameter in training: weight, gradient and two moments in float32
 _STATE_BYTES = 16
+# and of one in the folders of a detour: before and after training, and exported back
+_DETOUR_BYTES = 12
 _OVERHEAD = 1_000_000_000
 # keys that do not change what comes out, and names of what is known by its hash
 _NOT_IDENTITY = {
@@ -60,6 +64,7 @@ class Prepared:
         teacher: What it learns from, if anything.
         checkpoint: The open source.
         manifest: Its kvpatch.json.
+        detour: What is done before and after, if its own class is not trained.
         parameters: Of the model.
         run_id: Hash of everything that the result depends on.
     """
@@ -69,6 +74,7 @@ class Prepared:
     teacher: Source | None
     checkpoint: Checkpoint
     manifest: dict[str, Any]
+    detour: Detour | None
     parameters: int
     run_id: str
 
@@ -91,6 +97,12 @@ class Prepared:
         """Of one checkpoint: weights and two moments."""
         return 12 * self.parameters
 
+    @property
+    def disk_bytes(self) -> int:
+        """Of all that is on the disk at once, at most: two checkpoints, and what a detour needs."""
+        detour = _DETOUR_BYTES * self.parameters if self.detour is not None else 0
+        return 2 * self.checkpoint_bytes + detour
+
 
 @contextmanager
 def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepared]:
@@ -109,7 +121,7 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
     check_device("cuda" if recipe.device == "cuda" else "cpu")
     manifest = read_manifest(source.path)
     with Checkpoint(source.path) as checkpoint:
-        _check_trainable(manifest, checkpoint.config)
+        detour = detour_of(checkpoint)
         teacher = _teacher(recipe, manifest)
         limit = checkpoint.config.get("max_position_embeddings") or 2048
         chosen = {"context": min(512, limit) if recipe.context is None else recipe.context}
@@ -130,6 +142,7 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
             teacher=teacher,
             checkpoint=checkpoint,
             manifest=manifest,
+            detour=detour,
             parameters=sum(
                 info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values()
             ),
@@ -171,17 +184,26 @@ def uptrain(
             _train(prepared, accelerator, staging.scratch, None, None)
             return None
         if accelerator.device.type == "cpu":
-            check_ram(prepared.peak_ram, None)
-        check_disk(2 * prepared.checkpoint_bytes, out.absolute().parent)
+            check_ram(prepared.peak_ram, None, what="uptraining")
+        check_disk(prepared.disk_bytes, out.absolute().parent)
+        detour, scratch = prepared.detour, staging.scratch
         with staging:
-            staging.scratch.mkdir(exist_ok=True)
+            scratch.mkdir(exist_ok=True)
+            if detour is not None:
+                detour.begin(prepared.source.path, scratch, progress)
             accelerator.wait_for_everyone()
-            outcome, weights = _train(prepared, accelerator, staging.scratch, progress, note)
+            outcome, weights = _train(prepared, accelerator, scratch, progress, note)
+            manifest = _manifest(prepared, outcome, accelerator)
+            if detour is not None:
+                manifest["trainings"][-1]["form"] = detour.record(scratch)
+                weights = detour.end(
+                    prepared.checkpoint, scratch, weights, prepared.run_id, progress
+                )
             total = sum(info.nbytes for info in prepared.checkpoint.tensors.values())
             write_result(
                 staging,
                 prepared.checkpoint,
-                _manifest(prepared, outcome, accelerator),
+                manifest,
                 weights,
                 lambda n: progress("writing", n, total) if progress else None,
             )
@@ -196,7 +218,15 @@ def _train(
     progress: Progress | None,
     note: Note | None,
 ) -> tuple[Outcome, Mapping[str, torch.Tensor]]:
-    """Train, and give the weights by their names on the disk."""
+    """Train, and give the weights by the names that they have on the disk.
+
+    Args:
+        prepared: The run.
+        accelerator: From ``make_accelerator``.
+        folder: For all that an interrupted run wants to find again.
+        progress: As of ``uptrain``.
+        note: As of ``uptrain``.
+    """
     recipe = prepared.recipe
     sharded = str(accelerator.distributed_type) not in {
         f"DistributedType.{kind}" for kind in ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -207,22 +237,7 @@ def _train(
             "into whole weights",
             hint="Train adapters on one device or with DDP, or train all weights.",
         )
-    with quiet_transformers():
-        tokenizer = load_tokenizer(prepared.source.path)
-        student = load_model(prepared.source.path, dtype=torch.float32)
-        check_head(student)
-        teacher = None
-        if prepared.teacher is not None:
-            check_same_tokens(
-                tokenizer,
-                load_tokenizer(prepared.teacher.path),
-                prepared.source.path,
-                prepared.teacher.path,
-            )
-            narrow = accelerator.mixed_precision == "bf16"
-            dtype = torch.bfloat16 if narrow else torch.float32
-            teacher = load_model(prepared.teacher.path, dtype=dtype)
-            check_head(teacher)
+    student, teacher, tokenizer = _loaded(prepared, accelerator, folder)
     adapted = _adapted(student, recipe)
     training = Training(
         recipe,
@@ -243,6 +258,27 @@ def _train(
     return outcome, stored_names(student, inside)
 
 
+def _loaded(prepared: Prepared, accelerator: Any, folder: Path) -> tuple[Any, Any | None, Any]:
+    """Student, teacher and the tokenizer of both."""
+    source, detour = prepared.source.path, prepared.detour
+    with quiet_transformers():
+        tokenizer = load_tokenizer(source)
+        start = source if detour is None else detour.form(folder)
+        student = load_model(start, dtype=torch.float32)
+        check_head(student)
+        teacher = None
+        if prepared.teacher is not None:
+            path = prepared.teacher.path
+            check_same_tokens(tokenizer, load_tokenizer(path), source, path)
+            narrow = accelerator.mixed_precision == "bf16"
+            teacher = load_model(path, dtype=torch.bfloat16 if narrow else torch.float32)
+            check_head(teacher)
+    if detour is not None:
+        for name, weight in student.named_parameters():
+            weight.requires_grad_(not name.endswith(detour.frozen))
+    return student, teacher, tokenizer
+
+
 def _adapted(student: Any, recipe: UptrainRecipe) -> Any | None:
     """The student with adapters put into it, if the recipe wants them."""
     if recipe.lora is None:
@@ -259,20 +295,6 @@ def _adapted(student: Any, recipe: UptrainRecipe) -> Any | None:
             fan_in_fan_out=conv,
         ),
     )
-
-
-def _check_trainable(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse results that training would break.
-
-    Raises:
-        InputModelError: For latents in a stock class, whose constants are no parameters.
-    """
-    if config.get("kv_lora_rank") and "kv_rope_planes" not in config:
-        raise InputModelError(
-            f"{manifest['architecture']} holds these latents with a norm that constants among its "
-            "weights make inert, and training would move them",
-            hint="Run kvpatch export with --target kvpatch, train that, and export it back.",
-        )
 
 
 def _teacher(recipe: UptrainRecipe, manifest: Mapping[str, Any]) -> Source | None:
@@ -320,7 +342,7 @@ def _manifest(prepared: Prepared, outcome: Outcome, accelerator: Any) -> dict[st
         "evaluations_before": before["evaluations"],
         **asdict(outcome),
     }
-    return {**before, "trainings": [*before.get("trainings", []), training], "evaluations": []}
+    return {**without_results(before), "trainings": [*before.get("trainings", []), training]}
 
 
 def _text_record(text: str) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Distillation(nn.Module):
         self._teacher = (teacher,)  # in a tuple, where torch does not look for modules
         self._packed = packed
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that accelerate shards one by one: the layers of the student."""
+        return list(self.student._no_split_modules or ())
+
     def forward(
         self, tokens: Tensor, positions: Tensor, targets: Tensor, weights: Weights
     ) -> Losses:

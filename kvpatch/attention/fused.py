@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpatch.kernels import device as kernels
 
-__all__ = ["attend", "choose", "obstacle"]
+__all__ = ["attend", "autocast", "choose", "obstacle"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -146,6 +146,14 @@ def attend(
     if op == "decode":
         return decode.attention(query, key, value, span, **how)
     return flash.attention(query, key, value, span, query_rope=query_rope, key_rope=key_rope, **how)
+
+
+def autocast(operand: Tensor) -> Tensor:
+    """An operand in the dtype that a product would have here."""
+    kind = operand.device.type
+    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
 
 
 def _differentiated(*operands: Tensor) -> bool:

@@ -87,24 +87,13 @@ def attention_forward(
             hint="For continuous batching use attn_implementation='sdpa'.",
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    same = value is key
-    query, key = _autocast(query), _autocast(key)
-    value = key if same else _autocast(value)
-    if query_rope is not None and key_rope is not None:
-        query_rope, key_rope = _autocast(query_rope), _autocast(key_rope)
-        if not query.shape[-1]:  # all dims are rotary
-            query, key = query_rope, key_rope.expand(-1, value.shape[1], -1, -1)
-        if not (query_rope.shape[-1] or same) or query is query_rope:
-            query_rope = key_rope = None
+    query, key, value, query_rope, key_rope = _operands(query, key, value, query_rope, key_rope)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-
     mask = attention_mask
     if mask is None:
         mask = _span(query.shape[2], key.shape[2], causal, query.device)
-    span = span_of(mask)
     documents = None if cu_seq_lens_q is None else _documents(cu_seq_lens_q, query, key)
-    if span is not None and documents is not None:
-        span = _both(span, documents)
+    span = _seen(mask, documents)
     op, why = fused.choose(query, key, value, query_rope=query_rope, slopes=slopes)
     why = beyond_kernels(asked) or why
     if span is None:
@@ -153,6 +142,36 @@ def _given(argument: Any) -> bool:
     return isinstance(argument, Tensor) or bool(argument)
 
 
+def _operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_rope: Tensor | None,
+    key_rope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Operands in the dtype of autocast, and rotary parts where there is another part beside them.
+
+    One tensor as key and value stays one, which is how attention to latents is told.
+    """
+    same = value is key
+    query, key = fused.autocast(query), fused.autocast(key)
+    value = key if same else fused.autocast(value)
+    if query_rope is None or key_rope is None:
+        return query, key, value, query_rope, key_rope
+    query_rope, key_rope = fused.autocast(query_rope), fused.autocast(key_rope)
+    if not query.shape[-1]:  # all dims are rotary
+        return query_rope, key_rope.expand(-1, value.shape[1], -1, -1), value, None, None
+    if not (query_rope.shape[-1] or same):
+        query_rope = key_rope = None
+    return query, key, value, query_rope, key_rope
+
+
+def _seen(mask: Tensor, documents: Tensor | None) -> Tensor | None:
+    """Spans that a mask is, inside those of the documents; None if it cannot be said in spans."""
+    span = span_of(mask)
+    return span if span is None or documents is None else _both(span, documents)
+
+
 def _span(tokens: int, keys: int, causal: bool, device: torch.device) -> Tensor:
     """Spans [1, 1, T, 2] that no mask stands for: the keys up to each query, or all of them.
 
@@ -182,14 +201,6 @@ def _both(span: Tensor, other: Tensor) -> Tensor:
     start = torch.maximum(span[..., 0], other[..., 0])
     end = torch.minimum(span[..., 1], other[..., 1])
     return torch.stack((start, torch.maximum(start, end)), -1)
-
-
-def _autocast(operand: Tensor) -> Tensor:
-    """An operand in the dtype that a product would have here."""
-    kind = operand.device.type
-    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return operand
-    return operand.to(torch.get_autocast_dtype(kind))
 
 
 @cache

@@ -262,4 +262,6 @@ def _runs(op: str, why: str | None) -> str:
 
 def _empty(like: Tensor, heads: int, tokens: int, width: int) -> Tensor:
     """Heads of no sequence at all: shapes are what an op is chosen by."""
-    return like.new_empty(0, heads, tokens, width, requires_grad=False)
+    # not a relative of ``like``, which may be sharded
+    made = torch.empty(0, heads, tokens, width, dtype=like.dtype, device=like.device)
+    return fused.autocast(made)

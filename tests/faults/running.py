@@ -23,6 +23,7 @@ from convert.cli import app
 __all__ = [
     "Child",
     "DiskFull",
+    "KillInside",
     "Run",
     "SignalAfterShard",
     "SignalAtDiskCall",
@@ -199,6 +200,36 @@ class SignalAfterShard:
                 os.kill(os.getpid(), self.signal)
 
         Staging.record = record  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class KillInside:
+    """SIGKILL this process at the given call of a function, before or after it."""
+
+    module: str
+    name: str
+    call: int
+    after: bool = False
+
+    def __call__(self) -> None:
+        from importlib import import_module
+
+        holder = import_module(self.module)
+        owner, _, attribute = self.name.rpartition(".")
+        holder = getattr(holder, owner) if owner else holder
+        plain, calls = getattr(holder, attribute), 0
+
+        def counted(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == self.call and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **kwargs)
+            if calls == self.call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(holder, attribute, counted)
 
 
 class DiskFull:

@@ -27,20 +27,6 @@ from tests.faults.running import (
     names,
     run_child,
 )
-from tests.faults.small_llama import write_llama
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("output-faults") / "source")
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path) -> dict[str, bytes | str | None]:
-    """What an undisturbed run to a new path gives."""
-    out = source.parent / "undisturbed"
-    assert cli(gqa(source, out)).code == 0
-    return contents(out)
 
 
 @pytest.fixture

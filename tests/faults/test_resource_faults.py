@@ -27,19 +27,6 @@ from tests.helpers import assert_equal, load_folder
 Contents = dict[str, bytes | str | None]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("resource-faults") / "source")
-
-
-@pytest.fixture(scope="module")
-def converted(source: Path) -> Path:
-    """The result of an undisturbed run."""
-    out = source.parent / "undisturbed"
-    assert cli(gqa(source, out)).code == 0
-    return out
-
-
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
@@ -49,7 +36,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
 def test_disk_fills_up_in_a_shard(
-    source: Path, tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -59,15 +46,17 @@ def test_disk_fills_up_in_a_shard(
     assert run.err.startswith(f"error: {os.strerror(code)} while writing ")
     assert ".safetensors\nhint: Finished shards are kept." in run.err
     (staging,) = tmp_path.iterdir()  # neither output nor lock
-    assert 0 < len(list(staging.glob("*.safetensors"))) < len(list(converted.glob("*.safetensors")))
+    assert (
+        0 < len(list(staging.glob("*.safetensors"))) < len(list(undisturbed.glob("*.safetensors")))
+    )
     assert cli(gqa(source, out)).code == 0
-    assert contents(out) == contents(converted)
+    assert contents(out) == contents(undisturbed)
     assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("call", range(1, 26, 3))
 def test_disk_fills_up_at_a_flush(
-    source: Path, tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """File systems that allocate late, and NFS, report a full disk at fsync."""
     fsync, left = os.fsync, iter(range(call))
@@ -83,11 +72,11 @@ def test_disk_fills_up_at_a_flush(
         assert cli(gqa(source, out)).code == 4
     assert not out.exists()
     assert cli(gqa(source, out)).code == 0
-    assert contents(out) == contents(converted)
+    assert contents(out) == contents(undisturbed)
 
 
 @pytest.mark.parametrize("limit", [1, 30, 2_000, 30_000, 37_500])
-def test_files_may_not_grow(source: Path, tmp_path: Path, converted: Path, limit: int) -> None:
+def test_files_may_not_grow(source: Path, tmp_path: Path, undisturbed: Path, limit: int) -> None:
     """A real limit of the kernel, from the lock file on to the largest shard."""
     out = tmp_path / "out"
     run = run_child(
@@ -97,7 +86,7 @@ def test_files_may_not_grow(source: Path, tmp_path: Path, converted: Path, limit
     assert os.strerror(errno.EFBIG) in run.err
     assert not out.exists()
     assert cli(gqa(source, out)).code == 0
-    assert contents(out) == contents(converted)
+    assert contents(out) == contents(undisturbed)
 
 
 def test_no_room_for_the_staging_folder(
@@ -115,13 +104,13 @@ def test_no_room_for_the_staging_folder(
 
 
 def test_short_writes_are_continued(
-    source: Path, tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:777]))
         assert cli(gqa(source, tmp_path / "out")).code == 0
-    assert contents(tmp_path / "out") == contents(converted)
+    assert contents(tmp_path / "out") == contents(undisturbed)
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -134,9 +123,9 @@ def _tensor_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("enough", [False, True], ids=["too-little", "enough"])
 def test_free_disk_is_checked_before_writing(
-    source: Path, tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch, enough: bool
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, enough: bool
 ) -> None:
-    needed = _tensor_bytes(converted) * 1.05
+    needed = _tensor_bytes(undisturbed) * 1.05
     _free(monkeypatch, int(needed) + enough)
     run = cli(gqa(source, tmp_path / "out"))
     assert run.code == (0 if enough else 4)
@@ -146,11 +135,11 @@ def test_free_disk_is_checked_before_writing(
 
 
 def test_resuming_needs_room_for_the_rest_only(
-    source: Path, tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     assert run_child(gqa(source, out), SignalAfterShard(signal.SIGKILL, 6)).code < 0
-    _free(monkeypatch, _tensor_bytes(converted) // 2)
+    _free(monkeypatch, _tensor_bytes(undisturbed) // 2)
     assert cli(gqa(source, out, "--no-resume")).code == 4
     assert run_child(gqa(source, out), SignalAfterShard(signal.SIGKILL, 6)).code < 0
     assert cli(gqa(source, out)).code == 0
@@ -312,27 +301,27 @@ def test_dtype_equals_a_cast_by_torch(tmp_path: Path, dtype: str) -> None:
 # Shards
 
 
-def test_shards_are_those_of_transformers(converted: Path, tmp_path: Path) -> None:
+def test_shards_are_those_of_transformers(undisturbed: Path, tmp_path: Path) -> None:
     """Names, sizes and index as ``save_pretrained`` writes them, and the stock class loads them."""
-    model = load_folder(converted, torch.bfloat16)
+    model = load_folder(undisturbed, torch.bfloat16)
     loaded = model.state_dict()
-    for name, tensor in _tensors(converted).items():
+    for name, tensor in _tensors(undisturbed).items():
         assert_equal(loaded[name], tensor)
     model.save_pretrained(tmp_path / "reference", max_shard_size="40KB")
     index, reference = (
         json.loads((folder / "model.safetensors.index.json").read_text())
-        for folder in (converted, tmp_path / "reference")
+        for folder in (undisturbed, tmp_path / "reference")
     )
     assert index["metadata"] == reference["metadata"]
     assert index["weight_map"].keys() == reference["weight_map"].keys()
-    files = sorted(file.name for file in converted.glob("*.safetensors"))
+    files = sorted(file.name for file in undisturbed.glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
     assert len(files) == 8
     assert files == [f"model-{n:05d}-of-00008.safetensors" for n in range(1, 9)]
     pattern = r"model-\d{5}-of-\d{5}\.safetensors"
     assert all(re.fullmatch(pattern, name) for name in reference["weight_map"].values())
     for file in files:
-        held = load_file(converted / file)
+        held = load_file(undisturbed / file)
         assert held.keys() == {n for n, where in index["weight_map"].items() if where == file}
         assert sum(t.numel() * t.element_size() for t in held.values()) <= 40_000
 

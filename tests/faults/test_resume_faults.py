@@ -28,19 +28,6 @@ Contents = dict[str, bytes | str | None]
 FINISHED = 3  # shards in the journal when a run is interrupted; there are eight
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("resume-faults") / "source")
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path) -> Contents:
-    """What an undisturbed run gives."""
-    out = source.parent / "undisturbed"
-    assert cli(gqa(source, out)).code == 0
-    return contents(out)
-
-
 def _staged(out: Path) -> Path:
     """The one staging folder of an output."""
     (folder,) = out.parent.glob(f".{out.name}.partial-*")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from convert.checkpoint.manifest import read_manifest, rewrite_manifest
+from convert.checkpoint.writer import write_file
 from tests.faults.hub_client import TOKEN, Client
 from tests.faults.hub_server import Answer, Request
 from tests.faults.running import Run, contents
@@ -85,6 +87,25 @@ def test_what_was_pushed_is_verified_from_the_hub(
     assert run.code == 0, run.err
     hashes = json.loads(run.out)["checks"][0]
     assert (hashes["name"], hashes["status"]) == ("hashes", "ok")
+
+
+def test_scores_and_curves_go_along_and_are_verified(
+    client: Client, hub: WritableHub, result: Path, tmp_path: Path
+) -> None:
+    """All that the manifest names is pushed and fetched; scores of other weights do not stay."""
+    scored = tmp_path / "scored"
+    shutil.copytree(result, scored)
+    (scored / ".eval_results").mkdir()
+    made = (".eval_results/arc_easy.yaml", "training.png")
+    written = {name: write_file(scored / name, name.encode()) for name in made}
+    rewrite_manifest(scored, read_manifest(scored), written)
+    assert push(client, scored).code == 0
+    assert hub.holds("main") == files_of(scored)
+    assert set(made) <= hub.holds("main").keys()
+    run = client(["verify", REPOSITORY, "--files-only", "--json"], HF_TOKEN=TOKEN)
+    assert json.loads(run.out)["checks"][0]["status"] == "ok", run.out
+    assert push(client, result).code == 0
+    assert hub.holds("main").keys() - files_of(result).keys() == {"training.png"}
 
 
 def test_weights_of_an_earlier_push_go_and_other_files_stay(

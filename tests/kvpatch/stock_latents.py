@@ -12,6 +12,7 @@ from transformers import Cache
 
 from kvpatch.attention import unfused
 from kvpatch.models import absorbed_kvpatch
+from tests.families import tiny
 from tests.families.stock import Float64, make
 
 __all__ = [
@@ -27,16 +28,7 @@ __all__ = [
 ]
 
 SIZES: Mapping[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **tiny.SIZES,
     "kv_lora_rank": 12,
     "q_lora_rank": None,
     "qk_nope_head_dim": 8,

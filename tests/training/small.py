@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.families.stock import make
-from tests.families.texts import random_text, write_tokenizer
+from tests.families.texts import random_text, token_ids, write_tokenizer
 from tests.families.tiny import settings
 from tests.faults.running import Run, cli
+from tests.helpers import load_folder
 
 __all__ = ["FLAGS", "Place", "weights"]
 
@@ -21,8 +23,11 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "gqa": ("gqa", "--kv-heads", "2"),
     "mqa": ("mqa",),
     "cla": ("cla", "--share", "2"),
-    "mla": ("mla", "--rank", "24", "--rope-dims", "8", "--target", "kvpatch"),
-    "native-mla": ("mla", "--rank", "24", "--rope-dims", "8"),
+    "mla": (
+        *("mla", "--rank", "24", "--rope-dims", "8"),
+        "--target=kvpatch",
+        "--rope-select=stride",
+    ),
 }
 
 
@@ -59,6 +64,26 @@ class Place:
         """Of ``kvpatch uptrain``."""
         base = ["uptrain", str(start), str(out), "--data", str(self.text)]
         return [*base, "--teacher", str(self.source(name)), *FLAGS, *map(str, flags)]
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Flags with which ``distance`` is measured in a run."""
+        return ("--eval-text", str(self.held), "--context", "31", "--eval-samples", "12")
+
+    def distance(self, folder: Path, source: Path) -> float:
+        """KL to a source in nats, both models run on each document alone."""
+        stream = "".join(json.loads(row)["text"] for row in self.held.read_text().splitlines())
+        # 12 documents of 30 characters, in 11 whole sequences of 31
+        edges = sorted({*range(0, 11 * 31 + 1, 31), *range(0, 11 * 31, 30)})
+        models = [load_folder(path) for path in (folder, source)]
+        losses = []
+        for begin, end in pairwise(edges):
+            if end - begin > 1:
+                ids = token_ids(stream[begin:end])[None]
+                with torch.no_grad():
+                    ours, theirs = (m(ids).logits[0, :-1].log_softmax(-1) for m in models)
+                losses.append((theirs.exp() * (theirs - ours)).sum(-1))
+        return float(torch.cat(losses).mean())
 
     def uptrain(self, start: Path, out: Path, *flags: object, name: str = "llama") -> Run:
         """Run ``kvpatch uptrain`` in this process."""

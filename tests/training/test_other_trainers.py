@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from tests.helpers import load_folder
 from tests.training.small import Place, weights
@@ -52,13 +53,9 @@ def test_trainer_of_transformers(kind: str, place: Place, tmp_path: Path) -> Non
     _check(start, tmp_path / "out")
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_trainer_of_trl(kind: str, place: Place, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     start = place.converted(kind)
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.eos_token = "<eos>"

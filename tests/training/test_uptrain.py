@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from convert.checkpoint.manifest import read_manifest
+from convert.checkpoint.manifest import read_manifest, rewrite_manifest
+from convert.checkpoint.writer import write_file
 from convert.training.data import IGNORED, Batch, Sequences, stack
 from convert.training.groups import parameter_groups
-from tests.families.texts import token_ids
-from tests.faults.running import Child, cli
+from tests.faults.running import Child, KillInside, cli
 from tests.helpers import assert_close, assert_equal, load_folder
 from tests.training.small import Place, weights
 
@@ -63,22 +61,11 @@ def test_a_result_is_a_normal_folder_that_is_nearer_to_its_source(
 def test_the_curve_is_the_distance_that_stock_models_have(place: Place, tmp_path: Path) -> None:
     """Evaluated KL against both models run on each document alone."""
     start, out = place.converted("gqa"), tmp_path / "out"
-    flags = ("--eval-text", str(place.held), "--context", "31", "--eval-samples", "12")
-    assert place.uptrain(start, out, *flags, "--tokens", "62").code == 0
-    stream = "".join(json.loads(row)["text"] for row in place.held.read_text().splitlines())
-    # 12 documents of 30 characters, in 11 whole sequences of 31
-    edges = sorted({*range(0, 11 * 31 + 1, 31), *range(0, 11 * 31, 30)})
-    parts = [stream[begin:end] for begin, end in pairwise(edges) if end - begin > 1]
+    assert place.uptrain(start, out, *place.measured, "--tokens", "62").code == 0
     have = read_manifest(out)["trainings"][0]["curve"]
     for folder, point in ((start, have[0]), (out, have[-1])):
-        student, teacher = load_folder(folder), load_folder(place.source())
-        losses = []
-        for part in parts:
-            ids = token_ids(part)[None]
-            with torch.no_grad():
-                ours, theirs = (m(ids).logits[0, :-1].log_softmax(-1) for m in (student, teacher))
-            losses.append((theirs.exp() * (theirs - ours)).sum(-1))
-        assert point["eval_kl"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+        distance = place.distance(folder, place.source())
+        assert point["eval_kl"] == pytest.approx(distance, rel=1e-4)
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(4, 1), (2, 2), (1, 4)])
@@ -125,36 +112,6 @@ def test_a_step_follows_the_mean_over_the_tokens_of_all_passes(
     want = torch.autograd.grad(loss, parameters)
     for have, truth in zip(gradients, want, strict=True):
         assert_close(have, truth, atol=2e-6)
-
-
-@dataclass(frozen=True)
-class KillInside:
-    """SIGKILL this process at the given call of a function, before or after it."""
-
-    module: str
-    name: str
-    call: int
-    after: bool = False
-
-    def __call__(self) -> None:
-        from importlib import import_module
-
-        holder = import_module(self.module)
-        owner, _, attribute = self.name.rpartition(".")
-        holder = getattr(holder, owner) if owner else holder
-        plain, calls = getattr(holder, attribute), 0
-
-        def counted(*args: object, **kwargs: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == self.call and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = plain(*args, **kwargs)
-            if calls == self.call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(holder, attribute, counted)
 
 
 _KILLS = {
@@ -223,6 +180,23 @@ def test_a_trained_model_is_trained_again(place: Place, tmp_path: Path) -> None:
     assert (second / "README.md").read_text().count("## Training\n") == 2
 
 
+def test_measurements_of_the_weights_before_do_not_go_along(place: Place, tmp_path: Path) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(place.converted("gqa"), start)
+    (start / ".eval_results").mkdir()
+    written = {".eval_results/arc.yaml": write_file(start / ".eval_results/arc.yaml", b"score")}
+    measured = {"tasks": ["of before"], "retrieval": ["of before"], "evaluations": ["of before"]}
+    rewrite_manifest(start, read_manifest(start) | measured, written)
+    run = place.uptrain(start, out, "--tokens", "32")
+    assert run.code == 0, run.err
+    manifest = read_manifest(out)
+    assert not manifest.keys() & {"tasks", "retrieval"}
+    assert manifest["evaluations"] == []
+    assert manifest["trainings"][0]["evaluations_before"] == ["of before"]
+    assert not (out / ".eval_results").exists()
+    assert cli(["verify", str(out), "--files-only"]).code == 0
+
+
 def test_a_dry_run_writes_nothing(place: Place, tmp_path: Path) -> None:
     run = place.uptrain(place.converted("cla"), tmp_path / "out", "--dry-run", "--json")
     assert run.code == 0, run.err
@@ -249,7 +223,6 @@ def test_a_recipe_is_run(place: Place, tmp_path: Path) -> None:
 
 
 _WRONG: dict[str, tuple[str, tuple[str, ...], int, str]] = {
-    "native latents": ("native-mla", (), 3, "Run kvpatch export with --target kvpatch"),
     "tokens": ("gqa", ("--tokens", "many"), 2, "tokens: not a number of tokens"),
     "no loss": ("gqa", ("--kl", "0"), 2, "kl and ce are both 0"),
     "target without text": ("gqa", ("--kl-target", "1"), 2, "kl_target needs eval_text"),
@@ -268,6 +241,15 @@ def test_what_cannot_be_done_is_said(what: str, place: Place, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_memory_is_said_of_uptraining(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.resources.available_ram", lambda: 1_000_000)
+    run = place.uptrain(place.converted("gqa"), tmp_path / "out")
+    assert run.code == 4
+    assert "error: uptraining needs" in run.err
+
+
 def test_a_source_that_kvpatch_did_not_make_is_refused(place: Place, tmp_path: Path) -> None:
     run = place.uptrain(place.source(), tmp_path / "out")
     assert run.code == 3
@@ -283,9 +265,13 @@ def test_a_local_teacher_must_be_given(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_text_that_was_trained_on_is_no_measurement(place: Place, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert place.uptrain(place.converted("gqa"), out, "--tokens", "64").code == 0
-    evaluation = ["eval", str(out), "--text", str(place.text), "--context", "16", "--save"]
-    run = cli(evaluation)
-    assert run.code == 2
-    assert "was trained on" in run.err
+    """Nor is it one of what is exported from the trained model."""
+    out, native = tmp_path / "out", tmp_path / "native"
+    assert place.uptrain(place.converted("mla"), out, "--tokens", "64").code == 0
+    assert cli(["export", str(out), str(native), "--target", "native", "-q"]).code == 0
+    for folder in (out, native):
+        text = ("--text", str(place.text), "--context", "16")
+        run = cli(["eval", str(folder), *text, "--save"])
+        assert run.code == 2
+        assert "was trained on" in run.err
+    assert "Then its weights were changed, as by training." in (native / "README.md").read_text()
