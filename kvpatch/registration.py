@@ -33,7 +33,8 @@ def register_with_transformers() -> None:
 
 
 def _register_attention() -> None:
-    importlib.import_module("kvpatch.attention.interface").register()
+    # it registers itself when it is ready: it may be what imports transformers, and be half made
+    importlib.import_module("kvpatch.attention.interface")
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -10,19 +11,31 @@ from torch import Tensor
 
 from kvpatch.kernels import device as kernels
 
-__all__ = ["attend", "autocast", "choose", "obstacle"]
+__all__ = ["attend", "autocast", "choose", "constant", "obstacle"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _constant(function: Callable[P, R]) -> Callable[P, R]:
-    """Have Dynamo keep the answer of a question about constants, and not trace how it is found."""
+def constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Have Dynamo call a function of constants when it traces, and keep the answer."""
     kept: Callable[P, R] = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
     return kept
 
 
-@_constant
+def _remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """The same, of a question that is asked at every step of every layer, answered once."""
+    answer: Any = cache(function)
+
+    @wraps(function)
+    def ask(*arguments: P.args, **named: P.kwargs) -> R:
+        found: R = answer(*arguments, **named)
+        return found
+
+    return constant(ask)
+
+
+@constant
 def obstacle(device: torch.device) -> str | None:
     """Why no kernel runs on a device, or None if they do.
 
@@ -32,7 +45,7 @@ def obstacle(device: torch.device) -> str | None:
     return kernels.obstacle(device)
 
 
-@_constant
+@_remembered
 def _flash_obstacle(
     device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, rope_dim: int
 ) -> str | None:
@@ -41,7 +54,7 @@ def _flash_obstacle(
     return flash.unsupported(device, dtype, dim, value_dim, rope_dim)
 
 
-@_constant
+@_remembered
 def _decode_tokens(
     device: torch.device, dtype: torch.dtype, groups: int, dim: int, value_dim: int
 ) -> int:
@@ -55,7 +68,7 @@ def _decode_tokens(
     return tokens if why is None else 0
 
 
-@_constant
+@_remembered
 def _latent_obstacle(
     device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope_dim: int
 ) -> str | None:

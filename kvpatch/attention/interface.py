@@ -20,7 +20,7 @@ from kvpatch.attention.masks import span_mask
 from kvpatch.errors import UsageError
 from kvpatch.models.scores_kvpatch import FUSED, span_of
 
-__all__ = ["attention_forward", "beyond_kernels", "register"]
+__all__ = ["attention_forward", "beyond_kernels"]
 
 # arguments that change what is computed, of which the kernels know nothing
 _BEYOND_KERNELS: Mapping[str, str] = {
@@ -30,12 +30,6 @@ _BEYOND_KERNELS: Mapping[str, str] = {
     "output_attentions": "it is asked for its weights",
 }
 _LOG = logging.getLogger("kvpatch")
-
-
-def register() -> None:
-    """Make models know the name: as attention function and as mask function."""
-    AttentionInterface.register(FUSED, attention_forward)
-    AttentionMaskInterface.register(FUSED, span_mask)
 
 
 def attention_forward(
@@ -113,8 +107,7 @@ def attention_forward(
             key_scale=key_scale,
         )
         return output, None
-    if not torch.compiler.is_compiling():
-        _say(f"{FUSED} computes in torch: {why}")
+    _say_even_when_traced(f"{FUSED} computes in torch: {why}")
     return unfused.attend(
         module,
         query,
@@ -193,6 +186,8 @@ def _documents(bounds: Tensor, query: Tensor, key: Tensor) -> Tensor:
             hint="Put all documents into one sequence, or leave cu_seq_lens_q out and pad.",
         )
     at = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
+    # what stands after the last of them is one more
+    bounds = nn.functional.pad(bounds, (0, 1), value=tokens)
     number = torch.searchsorted(bounds, at, right=True)
     return torch.stack((bounds[number - 1], bounds[number]), -1).to(torch.int32)[None, None]
 
@@ -203,6 +198,15 @@ def _both(span: Tensor, other: Tensor) -> Tensor:
     return torch.stack((start, torch.maximum(start, end)), -1)
 
 
+@fused.constant
+def _say_even_when_traced(message: str) -> None:
+    _say(message)
+
+
 @cache
 def _say(message: str) -> None:
     _LOG.warning(message)
+
+
+AttentionInterface.register(FUSED, attention_forward)
+AttentionMaskInterface.register(FUSED, span_mask)

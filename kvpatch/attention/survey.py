@@ -238,7 +238,7 @@ class _Widths:
 
 def _latent_widths(module: Any) -> _Widths | None:
     """The widths of a module that attends to latents, or None of any other."""
-    if isinstance(module, LatentAttention):
+    if _is_ours(type(module)):
         widths = module.rank, module.rope_dim, module.nope_dim, module.value_dim
         return _Widths(*widths, joined=module.scales > 1)
     row = module.row if isinstance(module, Swapped) else stock_class(type(module))
@@ -246,6 +246,11 @@ def _latent_widths(module: Any) -> _Widths | None:
         return None
     names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     return _Widths(*(getattr(module, name) for name in names))
+
+
+def _is_ours(kind: type[nn.Module]) -> bool:
+    """Whether it is our latent class; the copy in a checkpoint may be in use instead."""
+    return any(base.__name__ == LatentAttention.__name__ for base in kind.__mro__)
 
 
 def _width(module: Any, config: Any) -> int:

@@ -111,6 +111,21 @@ def test_documents_of_a_packed_sequence(kernels: bool, request: pytest.FixtureRe
         attention_forward(Module(), *_operands(), None, cu_seq_lens_q=bounds)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_tokens_after_the_last_document_are_one_more(
+    kernels: bool, request: pytest.FixtureRequest
+) -> None:
+    """As where a sequence is padded to a multiple; no index may be out of bounds on a device."""
+    if kernels:
+        request.getfixturevalue("ops")
+    query, key, value = (t[:1] for t in _operands())
+    number = torch.tensor([0, 0, 1, 1, 2, 2])
+    wanted = _truth(query, key, value, (number[:, None] == number).tril())
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
+    found, _ = attention_forward(Module(), query, key, value, None, cu_seq_lens_q=bounds)
+    assert_close(found, wanted, atol=1e-10)
+
+
 def test_spans_are_the_same_mask_in_torch() -> None:
     query, key, value = _operands(4, 9)
     span = causal_span(BATCH, 4, 9, window=5)
@@ -325,6 +340,17 @@ def test_the_function_compiles_into_one_graph() -> None:
         run = _compiled(lambda q, k, v, m=mask: attention_forward(module, q, k, v, m)[0])
         operands = _operands()
         assert_close(run(*operands), _truth(*operands, None, is_causal=True), atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_graph_that_computes_in_torch_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
+    run = _compiled(lambda q, k, v: attention_forward(Module(), q, k, v, None)[0])
+    with caplog.at_level(logging.WARNING, "kvpatch"):
+        for _ in range(2):
+            run(*_operands())
+    assert [record.message for record in caplog.records] == [
+        "kvpatch_triton computes in torch: its device is cpu, and kernels need cuda"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -20,9 +20,12 @@ from kvpatch.attention.stock import Swapped
 from kvpatch.attention.survey import Route
 from kvpatch.attention.swapping import swapped_class
 from kvpatch.errors import UsageError
+from kvpatch.models.latent_kvpatch import LatentAttention
 from tests.families.stock import full_logits, make, random_ids
 from tests.families.tiny import settings
 from tests.helpers import assert_close
+from tests.kvpatch import stacks
+from tests.kvpatch.latents import latent_model
 from tests.kvpatch.reference_ops import use_reference_ops
 from tests.kvpatch.stock_latents import (
     LAYERS,
@@ -281,6 +284,19 @@ def test_strict_means_kernels_alone(model: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(report.fused) == LAYERS
 
 
+def test_the_copy_of_our_class_in_a_checkpoint_is_known(tmp_path: Path) -> None:
+    model = latent_model("llama", stacks.stock_model("llama"), tmp_path)
+    with kvpatch.patched(model) as wanted:
+        assert set(decoding(wanted)) == {"torch, on latents"}
+    own = {name: of for name, of in vars(LatentAttention).items() if name != "__dict__"}
+    copied: Any = type(LatentAttention.__name__, LatentAttention.__bases__, own)
+    for module in attentions(model):
+        _, stock = type(module).__bases__
+        module.__class__ = type(type(module).__name__, (copied, stock), {})
+        assert not isinstance(module, LatentAttention)
+    assert kvpatch.patch(model) == wanted
+
+
 @pytest.mark.parametrize("name", ["youtu"])
 def test_a_forward_that_others_replaced_is_not_lost(
     model: Any, absorbed_calls: list[tuple[int, int]]
@@ -310,5 +326,16 @@ def test_importing_the_package_imports_no_torch() -> None:
         "try: kvpatch.nothing\n"
         "except AttributeError as error: assert 'nothing' in str(error)\n"
         "else: raise SystemExit('found nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_attention_function_may_be_what_imports_transformers() -> None:
+    script = (
+        "from kvpatch.attention.interface import attention_forward\n"
+        "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+        "assert ALL_ATTENTION_FUNCTIONS['kvpatch_triton'] is attention_forward\n"
+        "assert 'kvpatch_triton' in ALL_MASK_ATTENTION_FUNCTIONS\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
