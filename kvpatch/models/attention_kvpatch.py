@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class KVAttention(nn.Module):
         family: Row of the model's family.
     """
 
+    made_of: ClassVar[tuple[type[KVAttention], type[nn.Module]]]  # by attention_class
+
     def __init__(self, stock: Any, config: Any, layer_idx: int, family: Family) -> None:
         nn.Module.__init__(self)  # not that of the stock class, of which we have only the name
         self.config = config
@@ -64,6 +66,10 @@ class KVAttention(nn.Module):
         self.mode = None if modes is None else modes[layer_idx]
         self.source = layer_idx if modes is None else config.kv_source_layers[layer_idx]
         self._add_projections(stock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled by what the class was made of."""
+        return _without_state, self.made_of, self.__dict__
 
     def reset_buffers(self) -> None:
         """Compute what is in no checkpoint and was lost on the way from the meta device."""
@@ -261,7 +267,15 @@ class KVAttention(nn.Module):
 @cache
 def attention_class(own: type[KVAttention], stock: type[nn.Module]) -> type[KVAttention]:
     """Our attention under the stock class, so that whoever looks for attention modules finds it."""
-    return type(f"Kvpatch{stock.__name__}", (own, stock), {"__module__": __name__})
+    members = {"__module__": __name__, "made_of": (own, stock)}
+    return type(f"Kvpatch{stock.__name__}", (own, stock), members)
+
+
+def _without_state(own: Any, stock: Any) -> KVAttention:
+    """An object for pickle to fill; a class that is made with a model is found in no module."""
+    kind = attention_class(own, stock)
+    made: KVAttention = kind.__new__(kind)
+    return made
 
 
 def sinusoids(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:

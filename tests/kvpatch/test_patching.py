@@ -20,6 +20,7 @@ from kvpatch.attention.stock import Swapped
 from kvpatch.attention.survey import Route
 from kvpatch.attention.swapping import swapped_class
 from kvpatch.errors import UsageError
+from kvpatch.models.attention_kvpatch import attention_class
 from kvpatch.models.latent_kvpatch import LatentAttention
 from tests.families.stock import full_logits, make, random_ids
 from tests.families.tiny import settings
@@ -231,6 +232,19 @@ def test_copies_and_saved_files_are_what_they_were(
         assert absorbed_calls
         assert len(kvpatch.unpatch(twin)) == LAYERS
         assert twin.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+def test_converted_models_are_pickled(name: str, tmp_path: Path) -> None:
+    model = latent_model(name, stacks.stock_model(name), tmp_path)
+    ids = random_ids(model, 6)
+    full = full_logits(model, ids)
+    kvpatch.patch(model)
+    kept = pickle.dumps(model)
+    attention_class.cache_clear()  # as in a process that has not loaded such a model yet
+    for twin in (copy.deepcopy(model), pickle.loads(kept)):
+        assert_close(full_logits(twin, ids), full, atol=1e-10)
+        assert kvpatch.unpatch(twin)
 
 
 class DecoyAttention(nn.Module):
