@@ -37,9 +37,6 @@ __all__ = [
     "token_gram",
 ]
 
-# times that values and output are solved in turn after a first output: measured, a third gains
-# little
-_OUTCOME_ROUNDS = 2
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
 _COMPARED_TOKENS = 512
 
@@ -217,6 +214,7 @@ def refit_outcome(
 ) -> list[AttentionLayer]:
     """Refit the output projection of a layer, and its value projection if it produces values.
 
+    Values are refitted once, between two refits of the output: measured, more rounds gain nothing.
     As with keys, the layers of the unit that come later take part in the fit of the values with
     what they did in the original model.
 
@@ -246,12 +244,11 @@ def refit_outcome(
     if produces:
         if basis is None:
             basis = basis_of(inputs, bias=converted[0].v_bias is not None)
-        for _ in range(_OUTCOME_ROUNDS):
-            _refit_all_values(parts, shared[0], basis)
-            value = values(parts[0].layer, parts[0].scoring, inputs if read is None else read)
-            for part in parts:
-                part.heads = _read(part.asked, part.scoring, (shared[0], value))
-                part.refit_output()
+        _refit_all_values(parts, shared[0], basis)
+        value = values(parts[0].layer, parts[0].scoring, inputs if read is None else read)
+        for part in parts:
+            part.heads = _read(part.asked, part.scoring, (shared[0], value))
+            part.refit_output()
     fitted = list(converted)
     fitted[places.start : places.stop] = [part.layer for part in parts]
     return fitted
