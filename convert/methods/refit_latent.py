@@ -1,8 +1,9 @@
 """Refitting the scores of a latent layer: its queries, its rotary key, how keys read the latent.
 
 All are least squares problems in the metric of ``refit_scores``, solved in turn. Each head on its
-own has two: its query projection, of full width, and its map from the latent to a key. The rotary
-key is one problem for all heads. The latent stands, since the values are made of it too.
+own has two: its query projection, of which first a map is fitted and last the full width, and its
+map from the latent to a key. The rotary key is one problem for all heads. The latent stands, since
+the values are made of it too.
 
 Where queries and keys have a norm, scores are linear in a map of the normed query, which takes the
 place of the query projection; its dims without rotation end up in the map from the latent. The keys
