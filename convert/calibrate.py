@@ -121,9 +121,7 @@ class Calibration(Converting):
         target: Tensor,
     ) -> list[AttentionLayer]:
         ready = [self.ready(layer) for layer in after]
-        fitted = refit_outcome(
-            place, seen, ready, inputs=inputs, shared=shared, target=target, seed=self.seed
-        )
+        fitted = refit_outcome(place, seen, ready, inputs=inputs, shared=shared, target=target)
         return [self.stored(new, like=old) for new, old in zip(fitted, after, strict=True)]
 
     def _shared(self, layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Shared:

@@ -162,7 +162,6 @@ class LatentConverting(Converting):
             inputs=inputs,
             shared=shared_by(layer, ready, seen.scoring, source),
             target=target,
-            seed=self.seed,
             basis=basis,
             read=source,
         )

@@ -151,19 +151,16 @@ def weights(scores: Tensor, scoring: Scoring) -> Tensor:
     return scores.masked_fill(~scoring.visible, -torch.inf).softmax(-1)
 
 
-def attend(
-    layer: AttentionLayer, scoring: Scoring, inputs: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    """Head outputs [N, T, H, Dv] of a layer that reads the given keys and values.
+def attend(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Head outputs [N, T, H, Dv].
 
     Args:
-        layer: With its queries in plane order.
-        scoring: How scores become weights.
-        inputs: [N, T, E].
+        query: Rotated queries [N, H, T, D].
         key: Rotated keys [N, Hkv, T, D], of this layer or of the one it shares with.
         value: [N, Hkv, T, Dv].
+        scoring: How scores become weights.
     """
-    mixed = weights(logits(queries(layer, scoring, inputs), key, scoring), scoring)
+    mixed = weights(logits(query, key, scoring), scoring)
     heads = _grouped(mixed, value) @ value[:, :, None]
     return heads.flatten(1, 2).transpose(1, 2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,6 @@ __all__ = [
     "token_gram",
 ]
 
-# output, then values and output: measured, a third round gains little
-_OUTCOME_ROUNDS = 3
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
 _COMPARED_TOKENS = 512
 
@@ -167,12 +165,12 @@ def refit_projections(
         )
         for at in places
     }
-    rows = {at: _rows(converted[at], "q", bases[at]) for at in places}
+    rows = {at: _rows(converted[at], "q") for at in places}
     if produces:
         biased = layer.k_bias is not None
         same = biased == (layer.q_bias is not None)
         basis = bases[place] if same else basis_of(inputs, bias=biased)
-        key_rows = _rows(layer, "k", basis)
+        key_rows = _rows(layer, "k")
     group = layer.geometry.group
 
     def refit(slot: int) -> None:
@@ -188,7 +186,7 @@ def refit_projections(
             for at in places
         ]
         if shared is None:
-            key_rows[slot] = refit_scores(readers, basis.inputs, key_rows[slot], seed=seed)
+            key_rows[slot] = refit_scores(readers, basis, key_rows[slot], seed=seed)
         else:
             refit_queries(readers, shared[0][:, slot], seed=seed)
         for at, reader in zip(places, readers, strict=True):
@@ -197,9 +195,9 @@ def refit_projections(
     each(refit, range(layer.geometry.kv_heads))
     fitted = list(converted)
     for at in places:
-        fitted[at] = _with_rows(fitted[at], "q", rows[at], bases[at])
+        fitted[at] = _with_rows(fitted[at], "q", rows[at])
     if produces:
-        fitted[place] = _with_rows(fitted[place], "k", key_rows, basis)
+        fitted[place] = _with_rows(fitted[place], "k", key_rows)
     return fitted
 
 
@@ -211,12 +209,12 @@ def refit_outcome(
     inputs: Tensor,
     shared: Shared,
     target: Tensor,
-    seed: int,
     basis: Basis | None = None,
     read: Tensor | None = None,
 ) -> list[AttentionLayer]:
     """Refit the output projection of a layer, and its value projection if it produces values.
 
+    Values are refitted once, between two refits of the output: measured, more rounds gain nothing.
     As with keys, the layers of the unit that come later take part in the fit of the values with
     what they did in the original model.
 
@@ -227,93 +225,121 @@ def refit_outcome(
         inputs: [N, T, E] input of this layer's attention in the converted model.
         shared: Keys and values of the producer.
         target: [N, T, E] what this layer's attention should give.
-        seed: Of the fits.
         basis: What the values are made of; None for the inputs.
         read: [N, T, E] input that the values read; None for ``inputs``.
 
     Returns:
         The converted layers with their new projections.
     """
-    fitted = list(converted)
-    if basis is None:
-        basis = basis_of(inputs, bias=converted[0].v_bias is not None)
     produces = place == 0
     places = range(len(observed)) if produces else range(place, place + 1)
-    inputs_of = {at: inputs if at == place else observed[at].inputs for at in places}
-    targets = {at: target if at == place else observed[at].outputs for at in places}
-    for turn in range(_OUTCOME_ROUNDS if produces else 1):
-        if turn:
-            fitted[0] = _refit_all_values(
-                observed, fitted, inputs_of, shared, targets, basis=basis, seed=seed
-            )
-            source = inputs if read is None else read
-            shared = (shared[0], values(fitted[0], observed[0].scoring, source))
-        for at in places:
-            heads = head_outputs(fitted[at], observed[at].scoring, inputs_of[at], shared)
-            output, bias = fitted[at].o, fitted[at].o_bias
-            assert output is not None
-            o, o_bias = refit_output(heads, targets[at], output, bias)
-            fitted[at] = dataclasses.replace(fitted[at], o=o, o_bias=o_bias)
+    parts = []
+    for at in places:
+        layer, scoring = converted[at], observed[at].scoring
+        asked = queries(layer, scoring, inputs if at == place else observed[at].inputs)
+        wanted = target if at == place else observed[at].outputs
+        parts.append(_Outcome(layer, scoring, asked, wanted, _read(asked, scoring, shared)))
+    for part in parts:
+        part.refit_output()
+    if produces:
+        if basis is None:
+            basis = basis_of(inputs, bias=converted[0].v_bias is not None)
+        _refit_all_values(parts, shared[0], basis)
+        value = values(parts[0].layer, parts[0].scoring, inputs if read is None else read)
+        for part in parts:
+            part.heads = _read(part.asked, part.scoring, (shared[0], value))
+            part.refit_output()
+    fitted = list(converted)
+    fitted[places.start : places.stop] = [part.layer for part in parts]
     return fitted
 
 
-def _refit_all_values(
-    observed: Sequence[Observed],
-    converted: Sequence[AttentionLayer],
-    inputs_of: Mapping[int, Tensor],
-    shared: Shared,
-    targets: Mapping[int, Tensor],
-    *,
-    basis: Basis,
-    seed: int,
-) -> AttentionLayer:
-    """Refit the value projection of a producer, one KV head after the other."""
-    layer = converted[0]
-    rows = _rows(layer, "v", basis)
-    group = layer.geometry.group
-    # beside what all heads give as they stand
-    missing = [targets[at].clone() for at in range(len(converted))]
+@dataclass(slots=True)
+class _Outcome:
+    """A layer whose outcome is refitted.
+
+    Args:
+        layer: Its values and its output are refitted.
+        scoring: How its scores become weights.
+        asked: [N, H, T, D] its rotated queries.
+        target: [N, T, E] what it should give.
+        heads: [N, T, H, Dv] what its heads give.
+    """
+
+    layer: AttentionLayer
+    scoring: Scoring
+    asked: Tensor
+    target: Tensor
+    heads: Tensor
+
+    def refit_output(self) -> None:
+        """Refit the output projection."""
+        output, bias = self.layer.o, self.layer.o_bias
+        assert output is not None
+        output, bias = refit_output(self.heads, self.target, output, bias)
+        self.layer = dataclasses.replace(self.layer, o=output, o_bias=bias)
+
+    def output(self, heads: range) -> Tensor:
+        """[E, g, Dv] of some of its heads."""
+        assert self.layer.o is not None
+        return self.layer.o[:, heads.start : heads.stop]
+
+    def weights(self, heads: range, key: Tensor) -> Tensor:
+        """Attention weights [N, g, T, T] of some of its heads, for keys [N, 1, T, D]."""
+        scores = logits(self.asked[:, heads.start : heads.stop], key, self.scoring)
+        return weights(scores, _for_heads(self.scoring, heads))
+
+
+def _refit_all_values(parts: Sequence[_Outcome], key: Tensor, basis: Basis) -> None:
+    """Refit the value projection of a producer for all layers, one KV head after the other.
+
+    Args:
+        parts: The producer and those that read its keys [N, Hkv, T, D] and values.
+        key: Those keys.
+        basis: What the values are made of.
+    """
+    producer = parts[0].layer
+    rows = _rows(producer, "v")
+    group = producer.geometry.group
     # each layer counts by the share of its outcome that it loses, unless that is next to nothing
-    powers = torch.stack([target.square().mean() for target in missing])
+    powers = torch.stack([part.target.square().mean() for part in parts])
     floor = _FAINT * powers.max() if powers.any() else 1.0
     scales = powers.clamp(min=floor).rsqrt()
-    for at, item in enumerate(converted):
-        mixed = head_outputs(item, observed[at].scoring, inputs_of[at], shared)
-        missing[at] -= projected(item, mixed)
-    asked = [
-        queries(item, observed[at].scoring, inputs_of[at]) for at, item in enumerate(converted)
+    # what the outcome lacks beside what all heads give as they stand
+    missing = [
+        scale * (part.target - projected(part.layer, part.heads))
+        for part, scale in zip(parts, scales, strict=True)
     ]
-    for slot in range(layer.geometry.kv_heads):
-        heads = slice(slot * group, (slot + 1) * group)
-        value = basis.inputs @ rows[slot].mT
-        readers = []
-        for at, item in enumerate(converted):
-            assert item.o is not None
-            scoring, key = observed[at].scoring, shared[0][:, slot : slot + 1]
-            scores = logits(asked[at][:, heads], key, scoring)
-            mixing = weights(scores, _for_heads(scoring, range(heads.start, heads.stop)))
-            output = item.o[:, heads]
-            missing[at] += _outcome(mixing, value, output)
-            readers.append(ValueReader(mixing, scales[at] * output, scales[at] * missing[at]))
-        rows[slot] = refit_values(readers, basis.inputs, rows[slot], seed=seed)
-        value = basis.inputs @ rows[slot].mT
-        for at, reader in enumerate(readers):
-            missing[at] -= _outcome(reader.weights, value, reader.output) / scales[at]
-    return _with_rows(layer, "v", rows, basis)
-
-
-def _outcome(mixing: Tensor, value: Tensor, output: Tensor) -> Tensor:
-    """[N, T, E] that heads with weights [N, g, T, T] make of values [N, T, Dv]."""
-    heads = (mixing @ value[:, None]).transpose(1, 2)
-    return heads.flatten(2) @ output.flatten(1).mT
+    for slot in range(producer.geometry.kv_heads):
+        heads = range(slot * group, (slot + 1) * group)
+        readers = [
+            ValueReader(
+                part.weights(heads, key[:, slot : slot + 1]),
+                scale * part.output(heads),
+                lacking,
+            )
+            for part, scale, lacking in zip(parts, scales, missing, strict=True)
+        ]
+        change = refit_values(readers, basis.white)
+        rows[slot] += change @ basis.back
+        value = basis.white @ change.mT
+        for reader in readers:
+            added = (reader.weights @ value[:, None]).transpose(1, 2)
+            reader.missing.sub_(added.flatten(2) @ reader.output.flatten(1).mT)
+    parts[0].layer = _with_rows(producer, "v", rows)
 
 
 def head_outputs(layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared) -> Tensor:
-    """Head outputs [N, T, H, Dv] of a converted layer, one window at a time."""
+    """Head outputs [N, T, H, Dv] of a converted layer."""
+    return _read(queries(layer, scoring, inputs), scoring, shared)
+
+
+def _read(asked: Tensor, scoring: Scoring, shared: Shared) -> Tensor:
+    """Head outputs [N, T, H, Dv] of rotated queries, one window at a time."""
     return torch.cat(
         [
-            attend(layer, scoring, window[None], key[None], value[None])
-            for window, key, value in zip(inputs, *shared, strict=True)
+            attend(query[None], key[None], value[None], scoring)
+            for query, key, value in zip(asked, *shared, strict=True)
         ]
     )
 
@@ -353,16 +379,13 @@ def _for_heads(scoring: Scoring, heads: Sequence[int]) -> Scoring:
     return dataclasses.replace(scoring, offset=scoring.offset[list(heads)])
 
 
-def _rows(layer: AttentionLayer, part: str, basis: Basis) -> Tensor:
-    """A projection [n, D, E'] in the coordinates of a basis."""
+def _rows(layer: AttentionLayer, part: str) -> Tensor:
+    """A projection [n, D, E'] with its bias, if it has one."""
     weight, bias = getattr(layer, part), getattr(layer, f"{part}_bias")
-    rows = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
-    coordinates: Tensor = rows @ basis.there
-    return coordinates
+    return weight.clone() if bias is None else torch.cat([weight, bias[..., None]], -1)
 
 
-def _with_rows(layer: AttentionLayer, part: str, rows: Tensor, basis: Basis) -> AttentionLayer:
-    rows = rows @ basis.back
+def _with_rows(layer: AttentionLayer, part: str, rows: Tensor) -> AttentionLayer:
     fields: dict[str, Any] = {part: rows}
     if getattr(layer, f"{part}_bias") is not None:
         fields = {part: rows[..., :-1], f"{part}_bias": rows[..., -1]}

@@ -1,4 +1,4 @@
-"""Least squares whose normal equations are known only by their products with vectors."""
+"""Least squares over a projection, whose normal equations are known only by products with them."""
 
 from __future__ import annotations
 
@@ -7,49 +7,63 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["solve", "total"]
+__all__ = ["gram", "solve", "total"]
 
 
 def solve(
-    normal: Callable[[Tensor], Tensor],
-    pull: Tensor,
-    start: Tensor,
+    inputs: Tensor,
+    metric: Callable[[Tensor], Tensor],
+    missing: Tensor,
+    moment: Tensor,
     *,
     ridge: float,
     steps: int,
-    seed: int,
 ) -> Tensor:
-    """Conjugate gradients on ``(A + r) w = pull + r start``, one system for each leading index.
+    """What to add to projections [g, D, E'] of inputs X, one system for each of them.
+
+    Conjugate gradients on ``(X^T M X + r) w = X^T m`` from zero on. If the inputs are white and
+    independent of the metric M, ``X^T M X`` comes to one matrix [D, D] for every input dim; with
+    that as a preconditioner five steps end where tens do without.
 
     Args:
-        normal: Product with A, positive semidefinite.
-        pull: [n, ...] right hand side.
-        start: [n, ...] where to begin, and what the ridge r pulls towards.
-        ridge: r, relative to the mean diagonal of A.
+        inputs: [1 or g, n, E'] X.
+        metric: Product of M, positive semidefinite, with projected inputs [g, n, D].
+        missing: [g, n, D] m, what the projected inputs lack, in the metric.
+        moment: [g, D, D] that matrix for inputs of power one.
+        ridge: r, relative to its mean diagonal; it pulls towards no change.
         steps: Number of steps.
-        seed: Of the random signs whose product with A estimates its mean diagonal.
     """
-    each = (-1, *[1] * (start.dim() - 1))
-    signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(seed))
-    probe = (2 * signs - 1).to(start)
-    strength = ridge * (probe * normal(probe)).flatten(1).mean(1).view(each)
-    solution = start
-    residual = pull - normal(start)
-    direction = residual
-    power = residual.square().flatten(1).sum(1)
+    moment = moment * inputs.square().mean((1, 2), keepdim=True)
+    strength = (ridge * moment.diagonal(dim1=1, dim2=2).mean(1))[:, None, None]
+    strength = strength.clamp(min=torch.finfo().tiny)
+    lifted = (moment + strength * torch.eye(moment.shape[1]).to(moment)).double()
+    inverse = torch.linalg.inv(lifted).to(moment)
+    residual = missing.mT @ inputs
+    solution = torch.zeros_like(residual)
+    direction = image = inverse @ residual
+    power = _product(residual, image)
     # below it a residual is rounding, along which there is nothing to gain
-    enough = torch.finfo(pull.dtype).eps ** 2 * pull.square().flatten(1).sum(1)
+    enough = torch.finfo(residual.dtype).eps ** 2 * power
     for _ in range(steps):
-        image = normal(direction) + strength * direction
-        length = power / (direction * image).flatten(1).sum(1).clamp(min=torch.finfo().tiny)
+        image = metric(inputs @ direction.mT).mT @ inputs + strength * direction
+        length = power / _product(direction, image).clamp(min=torch.finfo().tiny)
         length = torch.where(power > enough, length, 0.0)
-        solution = solution + length.view(each) * direction
-        residual = residual - length.view(each) * image
-        next_power = residual.square().flatten(1).sum(1)
-        ratio = next_power / power.clamp(min=torch.finfo().tiny)
-        direction = residual + ratio.view(each) * direction
-        power = next_power
+        solution = solution + length * direction
+        residual = residual - length * image
+        image = inverse @ residual
+        before, power = power, _product(residual, image)
+        direction = image + power / before.clamp(min=torch.finfo().tiny) * direction
     return solution
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products [g, 1, 1]."""
+    return (one * other).sum((1, 2), keepdim=True)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products [g, D, D] of the columns of [g, n, D]."""
+    return rows.mT @ rows
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """Refitting the scores of a latent layer: its queries, its rotary key, how keys read the latent.
 
 All are least squares problems in the metric of ``refit_scores``, solved in turn. Each head on its
-own has two: its query projection, of full width, and its map from the latent to a key. The rotary
-key is one problem for all heads. The latent stands, since the values are made of it too.
+own has two: its query projection, of which first a map is fitted and last the full width, and its
+map from the latent to a key. The rotary key is one problem for all heads. The latent stands, since
+the values are made of it too.
 
 Where queries and keys have a norm, scores are linear in a map of the normed query, which takes the
 place of the query projection; its dims without rotation end up in the map from the latent. The keys
@@ -30,7 +31,7 @@ from convert.methods.attention import (
     values,
 )
 from convert.methods.fitting import Each, Observed, Shared
-from convert.methods.least_squares import solve, total
+from convert.methods.least_squares import gram, solve, total
 from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
 
 __all__ = [
@@ -118,16 +119,16 @@ def latent_basis(layer: LatentLayer, inputs: Tensor) -> Basis:
     latents, rows = inputs @ layer.latent.mT, layer.latent
     if layer.latent_bias is not None:
         latents, rows = latents + layer.latent_bias, _with_bias(rows, layer.latent_bias)
-    # rows of a latent differ in size by orders of magnitude
-    there = torch.linalg.pinv(rows.double()).to(inputs.dtype)
-    return Basis(latents, there, rows)
+    return Basis(inputs, latents, rows)
 
 
 def with_expanded_values(layer: LatentLayer, fitted: AttentionLayer, basis: Basis) -> LatentLayer:
     """The latent layer with the values and the output of its refitted expanded form."""
     assert fitted.v is not None
     assert fitted.o is not None
-    v_up = _with_bias(fitted.v, fitted.v_bias) @ basis.there
+    # rows of a latent differ in size by orders of magnitude
+    there = torch.linalg.pinv(basis.back.double()).to(fitted.v.dtype)
+    v_up = _with_bias(fitted.v, fitted.v_bias) @ there
     return dataclasses.replace(layer, v_up=v_up, o=fitted.o, o_bias=fitted.o_bias)
 
 
@@ -151,7 +152,7 @@ class Reading:
 def refit_latent_scores(
     readings: Sequence[Reading], source: Tensor, *, place: int = 0, each: Each, seed: int
 ) -> list[LatentLayer]:
-    """Refit queries, the rotary key, the maps from the latent to keys, and queries again.
+    """Refit maps of queries, the rotary key, the maps from the latent to keys, and all of queries.
 
     The rotary key is refitted with its producer, for all layers that read it; those that come later
     take part with what they did in the original model.
@@ -169,7 +170,7 @@ def refit_latent_scores(
     """
     produces = place == 0
     fit = _Fit(readings if produces else readings[place : place + 1], source, each=each, seed=seed)
-    fit.queries()
+    fit.map_queries()
     if produces and fit.turns:
         fit.rotary_key()
     fit.still_keys_and_queries()
@@ -180,14 +181,14 @@ def refit_latent_scores(
 
 
 class _Reader:
-    """What is fitted of one layer: rows for each head, in coordinates in which inputs are white.
+    """What is fitted of one layer: rows for each head.
 
     Without a norm they are the query projection, and with one what comes after it.
     """
 
-    def __init__(self, reading: Reading, source: Tensor, *, share: float) -> None:
+    def __init__(self, reading: Reading, source: Tensor, *, share: float, seed: int) -> None:
         layer = reading.layer
-        self.reading, self.share = reading, share
+        self.reading, self.share, self._seed = reading, share, seed
         # of the original, once for all the times that a head's scores are wanted
         original = reading.observed
         self._asked = queries(original.layer, original.scoring, original.inputs)
@@ -196,15 +197,13 @@ class _Reader:
         if layer.q_rope is None:
             basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
             self.bases = [basis] * layer.geometry.heads
-            rows = _rope_first(_with_bias(layer.q, layer.q_bias), layer.geometry.nope_dim)
+            self.rows = _rope_first(_with_bias(layer.q, layer.q_bias), layer.geometry.nope_dim)
         else:
             ready = expanded(layer)
             assert ready.q_map is not None
-            plain, rows = dataclasses.replace(ready, q_map=None), ready.q_map
+            plain, self.rows = dataclasses.replace(ready, q_map=None), ready.q_map
             normed = projected_queries(plain, reading.scoring, reading.inputs)
             self.bases = [basis_of(heads, bias=False) for heads in normed.unbind(1)]
-        pairs = zip(rows, self.bases, strict=True)
-        self.rows = torch.stack([row @ basis.there for row, basis in pairs])
         self.k_up = layer.k_up.clone()
 
     def scaled(self, key: Tensor, head: int, window: int | slice = slice(None)) -> Tensor:
@@ -222,24 +221,18 @@ class _Reader:
         reading, rows = self.reading, self.rows[head : head + 1]
         read = self._read[:, head // (self._asked.shape[1] // self._read.shape[1]), None]
         target = logits(self._asked[:, head, None], read, reading.observed.scoring)
-        return Ruler(Reader(self.bases[head], rows, target, reading.scoring, self.share))
-
-    def fit_queries(self, ruler: Ruler, head: int, key: Tensor, seed: int) -> None:
-        """Refit the queries of a head for its keys [N, T, D]."""
-        ruler.fit_queries(key, seed)
-        self.rows[head] = ruler.reader.rows[0]
+        reader = Reader(self.bases[head], rows, target, reading.scoring, self.share)
+        return Ruler(reader, self._seed + head)
 
     def layer(self, k_rope: Tensor, k_bias: Tensor | None) -> LatentLayer:
         """The layer with what was fitted and a rotary key."""
         start = self.reading.layer
         rope, biased = start.geometry.rope_dim, start.q_bias is not None
-        pairs = zip(self.rows, self.bases, strict=True)
-        rows = torch.stack([row @ basis.back for row, basis in pairs])
         layer = dataclasses.replace(start, k_rope=k_rope, k_rope_bias=k_bias)
         if start.q_rope is not None:
-            k_up = rows[:, rope:].mT @ self.k_up
-            return dataclasses.replace(layer, q_rope=rows[:, :rope], k_up=k_up)
-        q, q_bias = _without_bias(rows, biased)
+            k_up = self.rows[:, rope:].mT @ self.k_up
+            return dataclasses.replace(layer, q_rope=self.rows[:, :rope], k_up=k_up)
+        q, q_bias = _without_bias(self.rows, biased)
         return dataclasses.replace(
             layer,
             q=_nope_first(q, rope),
@@ -255,10 +248,15 @@ class _Fit:
         self, readings: Sequence[Reading], source: Tensor, *, each: Each, seed: int
     ) -> None:
         first, many = readings[0], len(readings) > 1
-        self._each, self._seed = each, seed
+        self._each, heads = each, first.layer.geometry.heads
         self._readers = [
-            _Reader(reading, source, share=reading.observed.share if many else 1.0)
-            for reading in readings
+            _Reader(
+                reading,
+                source,
+                share=reading.observed.share if many else 1.0,
+                seed=seed + place * heads,
+            )
+            for place, reading in enumerate(readings)
         ]
         layer, basis = first.layer, self._readers[0].bases[0]
         self._scoring = first.scoring
@@ -266,7 +264,7 @@ class _Fit:
         same = source is first.inputs and (layer.q_bias is not None) == self._biased
         same = same and layer.q_rope is None
         self._key_basis = basis if same else basis_of(source, bias=self._biased)
-        self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias) @ self._key_basis.there
+        self._key_rows = _with_bias(layer.k_rope, layer.k_rope_bias)
         latents = source @ layer.latent.mT
         # no softmax sees a constant of keys without rotation and norm, but float32 rounds it
         constant = -latents.mean((0, 1)) if layer.latent_bias is None else layer.latent_bias
@@ -279,21 +277,22 @@ class _Fit:
 
     def layers(self) -> list[LatentLayer]:
         """The layers with what was fitted."""
-        k_rope, k_bias = _without_bias(self._key_rows @ self._key_basis.back, self._biased)
+        k_rope, k_bias = _without_bias(self._key_rows, self._biased)
         return [reader.layer(k_rope, k_bias) for reader in self._readers]
 
-    def queries(self) -> None:
-        """Refit the query projection of each head of all layers, of full width."""
+    def map_queries(self) -> None:
+        """Refit a map of the queries of each head of all layers."""
         turned = self._turned()
 
         def refit(reader: _Reader, head: int) -> None:
-            key = self._key(reader, head, turned)
-            reader.fit_queries(reader.ruler(head), head, key, self._seed)
+            ruler = reader.ruler(head)
+            ruler.map_queries(self._key(reader, head, turned))
+            reader.rows[head] = ruler.reader.rows[0]
 
         self._each_head(refit, self._readers)
 
     def still_keys_and_queries(self) -> None:
-        """Refit the first layer's maps from the latent to keys, then its queries again."""
+        """Refit the first layer's maps from the latent to keys, then its query projections."""
         turned = self._turned()
 
         def refit(reader: _Reader, head: int) -> None:
@@ -302,50 +301,49 @@ class _Fit:
                 reader.scaled(turned, head),
                 reader.scaled(self._latents, head),
                 reader.k_up[head],
-                self._seed,
             )
-            reader.fit_queries(ruler, head, self._key(reader, head, turned), self._seed)
+            ruler.fit_queries(self._key(reader, head, turned))
+            reader.rows[head] = ruler.reader.rows[0]
 
         self._each_head(refit, self._readers[:1])
 
     def rotary_key(self) -> None:
         """Refit the projection of the rotary key for all heads that read it."""
-        width, inputs = len(self._key_rows), self._key_basis.inputs
-        windows, turn = range(len(inputs)), self._scoring.turn
-        asked = [reader.rotary_queries(width) for reader in self._readers]
+        basis, turn, turned = self._key_basis, self._scoring.turn, self._turned()
+        windows = range(len(turned))
+        asked = [reader.rotary_queries(turned.shape[-1]) for reader in self._readers]
 
-        def summed(errors: Callable[[int, int, Ruler, int], Tensor]) -> Tensor:
-            """From errors [1, T, T] of each layer, head and window, a pull at the rows."""
+        def pull(errors: Callable[[Ruler, int, int, int], Tensor]) -> Tensor:
+            """What errors [1, T, T] of each layer, head and window pull at the key [1, n, Dr]."""
             parts: dict[tuple[int, int], Tensor] = {}
 
             def one(reader: _Reader, head: int) -> None:
                 at, ruler = self._readers.index(reader), reader.ruler(head)
-                pulls = [errors(at, head, ruler, n)[0].mT @ asked[at][n, head] for n in windows]
+                pulls = [errors(ruler, at, head, n)[0].mT @ asked[at][n, head] for n in windows]
                 parts[at, head] = reader.scaled(torch.stack(pulls), head)
 
             self._each_head(one, self._readers)
-            turned = rotate(total(part for _, part in sorted(parts.items())), turn.conj())
-            return (turned.flatten(0, 1).mT @ inputs.flatten(0, 1))[None]
+            back = total(part for _, part in sorted(parts.items()))
+            return rotate(back, turn.conj()).flatten(0, 1)[None]
 
-        def missing(at: int, head: int, ruler: Ruler, window: int) -> Tensor:
-            reader = self._readers[at]
-            still = reader.bases[head].inputs[window] @ reader.rows[head, width:].mT
-            key = reader.scaled(self._latents[window] @ reader.k_up[head].mT, head, window)
-            standing = still * reader.reading.scoring.scale @ key.mT
-            return ruler.pull[window] - ruler.measure(window, standing[None])
+        def metric(key: Tensor) -> Tensor:
+            key = rotate(key.view_as(turned), turn)
 
-        def normal(rows: Tensor) -> Tensor:
-            key = rotate(inputs @ rows[0].mT, turn)
-
-            def scores(at: int, head: int, window: int) -> Tensor:
+            def measured(ruler: Ruler, at: int, head: int, window: int) -> Tensor:
                 read = self._readers[at].scaled(key[window], head, window)
-                return asked[at][window, head, None] @ read.mT
+                return ruler.measure(window, asked[at][window, head, None] @ read.mT)
 
-            return summed(lambda at, head, ruler, n: ruler.measure(n, scores(at, head, n)))
+            return pull(measured)
 
-        self._key_rows = solve(
-            normal, summed(missing), self._key_rows[None], ridge=RIDGE, steps=STEPS, seed=self._seed
-        )[0]
+        def wanting(ruler: Ruler, at: int, head: int, window: int) -> Tensor:
+            key = self._key(self._readers[at], head, turned, window)
+            found = ruler.queries(window) @ key.mT
+            return ruler.measure(window, ruler.reader.target[window] - found)
+
+        white = basis.white.flatten(0, 1)[None]
+        moment = gram(pull(lambda ruler, _, __, n: ruler.noise(n)))
+        change = solve(white, metric, pull(wanting), moment, ridge=RIDGE, steps=STEPS)
+        self._key_rows = self._key_rows + change[0] @ basis.back
 
     def _each_head(
         self, function: Callable[[_Reader, int], None], readers: Sequence[_Reader]
@@ -357,10 +355,12 @@ class _Fit:
         """The rotary key [N, T, Dr] at its positions."""
         return rotate(self._key_basis.inputs @ self._key_rows.mT, self._scoring.turn)
 
-    def _key(self, reader: _Reader, head: int, turned: Tensor) -> Tensor:
-        """Key [N, T, D] of a head."""
-        key = torch.cat([turned, self._latents @ reader.k_up[head].mT], -1)
-        return reader.scaled(key, head)
+    def _key(
+        self, reader: _Reader, head: int, turned: Tensor, window: int | slice = slice(None)
+    ) -> Tensor:
+        """Key [N, T, D] of a head, or [T, D] of a window."""
+        still = self._latents[window] @ reader.k_up[head].mT
+        return reader.scaled(torch.cat([turned[window], still], -1), head, window)
 
 
 def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:

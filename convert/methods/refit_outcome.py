@@ -19,7 +19,7 @@ __all__ = ["ValueReader", "refit_output", "refit_values"]
 
 _OUTPUT_RIDGE = 1e-3  # of the mean power of a head's dim, towards what the projection was
 _VALUE_RIDGE = 1e-3  # of the mean diagonal of the normal matrix, likewise
-_STEPS = 10
+_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,53 +29,60 @@ class ValueReader:
     Args:
         weights: [N, g, T, T] their attention weights.
         output: [E, g, Dv] their part of the output projection.
-        target: [N, T, E] what they should add to the outcome of the layer's other heads.
+        missing: [N, T, E] what the outcome of the layer lacks.
     """
 
     weights: Tensor
     output: Tensor
-    target: Tensor
+    missing: Tensor
+
+    def pull(self, window: int, heads: Tensor) -> Tensor:
+        """What heads [T, g * Dv] pull at values [T, Dv]."""
+        each = heads.view(len(heads), *self.output.shape[1:]).transpose(0, 1)
+        return self.weights[window].flatten(0, 1).mT @ each.flatten(0, 1)
+
+    def moment(self) -> Tensor:
+        """[Dv, Dv] what values of tokens of power one, independent of each other, come to."""
+        reads = self.weights.transpose(0, 1).flatten(1)
+        return torch.einsum("hg,ehd,egf->df", reads @ reads.mT, self.output, self.output)
 
 
-def refit_values(
-    readers: Sequence[ValueReader], inputs: Tensor, rows: Tensor, *, seed: int
-) -> Tensor:
+def refit_values(readers: Sequence[ValueReader], inputs: Tensor) -> Tensor:
     """Refit the value projection of one KV head for all that read it.
 
     Args:
         readers: Everything that reads it.
-        inputs: [N, T, E'] inputs of the projection, white.
-        rows: [Dv, E'] the projection in the same coordinates.
-        seed: Of the probe that measures the scale of the ridge.
+        inputs: [N, T, R] inputs of the projection, white.
+
+    Returns:
+        What to add to it, [Dv, R].
     """
-    grams = [reader.output.flatten(1).mT @ reader.output.flatten(1) for reader in readers]
+    flat = [reader.output.flatten(1) for reader in readers]
+    both = [(reader, rows.mT @ rows) for reader, rows in zip(readers, flat, strict=True)]
+    windows = range(len(inputs))
 
-    def gradient(window: int, pulls: Sequence[Tensor]) -> Tensor:
-        """From pulls [T, g * Dv] on the heads of each reader."""
-        back = total(
-            (reader.weights[window].mT @ _split(pull, reader)).sum(0)
-            for reader, pull in zip(readers, pulls, strict=True)
-        )
-        return back.mT @ inputs[window]
+    def metric(value: Tensor) -> Tensor:
+        def of(window: int, value: Tensor) -> Tensor:
+            return total(
+                reader.pull(window, (reader.weights[window] @ value).transpose(0, 1).flatten(1) @ m)
+                for reader, m in both
+            )
 
-    def normal(rows: Tensor) -> Tensor:
-        def of(window: int) -> Tensor:
-            value = inputs[window] @ rows[0].mT
-            mixed = [(r.weights[window] @ value).transpose(0, 1).flatten(1) for r in readers]
-            return gradient(window, [m @ gram for m, gram in zip(mixed, grams, strict=True)])
+        each = value.view(*inputs.shape[:2], -1)
+        return torch.cat([of(n, each[n]) for n in windows])[None]
 
-        return total(of(n) for n in range(len(inputs)))[None]
-
-    pull = total(
-        gradient(n, [r.target[n] @ r.output.flatten(1) for r in readers])
-        for n in range(len(inputs))
+    pairs = list(zip(readers, flat, strict=True))
+    missing = torch.cat(
+        [total(reader.pull(n, reader.missing[n] @ rows) for reader, rows in pairs) for n in windows]
     )
-    return solve(normal, pull[None], rows[None], ridge=_VALUE_RIDGE, steps=_STEPS, seed=seed)[0]
-
-
-def _split(heads: Tensor, reader: ValueReader) -> Tensor:
-    """[T, g * Dv] as [g, T, Dv]."""
-    return heads.reshape(len(heads), *reader.output.shape[1:]).transpose(0, 1)
+    return solve(
+        inputs.flatten(0, 1)[None],
+        metric,
+        missing[None],
+        total(reader.moment() for reader in readers)[None],
+        ridge=_VALUE_RIDGE,
+        steps=_STEPS,
+    )[0]
 
 
 def refit_output(

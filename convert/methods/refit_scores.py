@@ -3,23 +3,23 @@
 Near the original, the divergence of the attention row of one query is half of
 ``d^T (diag p - p p^T) d``, where p are the original weights and d the error of the scores. The
 scores are linear in the query projection while keys stand, and in the key projection while queries
-stand, so either is a least squares problem in that metric; they are solved in turn, queries first
-and last. The normal equations are never formed: a product with their matrix costs two matrix
-products like those of attention itself, and conjugate gradients needs a few of them.
-
+stand, so either is a least squares problem in that metric. They are solved in turn: a map of each
+head's queries as they are, then keys, then the whole query projection. The normal equations are
+never formed: a product with their matrix costs two matrix products like those of attention itself,
+and conjugate gradients needs a few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convert.methods.attention import Scoring, rotate, weights
-from convert.methods.least_squares import solve, total
+from convert.methods.least_squares import gram, solve, total
 from convert.methods.spectral import lower_root
 
 __all__ = [
@@ -35,29 +35,27 @@ __all__ = [
 
 # of the mean diagonal of the normal matrix, towards the merged weights
 RIDGE = 1e-2
-# of conjugate gradients: measured, twenty gain a seventh on the text itself, but twice as many
-# windows in the same time gain more on others
-STEPS = 10
-# times that keys and queries are solved in turn: measured, three gain what costs half more
-_ROUNDS = 1
+# of conjugate gradients: measured, more gain on the text itself, but more windows in the same time
+# gain more on others
+STEPS = 5
 # of the norm of the inputs' second moment: directions of a variance far below it are left alone
 _FLOOR = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """Inputs of a projection in coordinates in which they are white.
+    """Inputs of a projection, and coordinates in which they are white.
 
     Least squares then converges in few steps, whatever the scale of single input dims.
 
     Args:
-        inputs: [N, T, E'] white inputs, with the constant 1 of a bias among them if there is one.
-        there: [E', E'] takes rows of a projection into these coordinates.
-        back: [E', E'] takes them back.
+        inputs: [N, T, E'] with the constant 1 of a bias as last of them if there is one.
+        white: [N, T, R] the same in those coordinates.
+        back: [R, E'] what takes rows that read white inputs to rows that read ``inputs``.
     """
 
     inputs: Tensor
-    there: Tensor
+    white: Tensor
     back: Tensor
 
 
@@ -67,7 +65,7 @@ class Reader:
 
     Args:
         basis: The inputs of their projection.
-        rows: [g, D, E'] the projection, in the coordinates of ``basis``; refitted in place.
+        rows: [g, D, E'] the projection with its bias; refitted in place.
         target: [N, g, T, T] scores of the original layer, before cap, offset and mask.
         scoring: How scores become weights.
         share: How much its errors count beside those of other readers.
@@ -86,10 +84,12 @@ def basis_of(inputs: Tensor, *, bias: bool) -> Basis:
         inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
     rows = inputs.flatten(0, -2)
     moment = (rows.mT @ rows).double() / len(rows)
-    root = lower_root(moment, _FLOOR * float(moment.norm()))
+    # what is always zero stays zero
+    floor = max(_FLOOR * float(moment.norm()), torch.finfo(torch.float32).tiny)
+    root = lower_root(moment, floor)
     unit = torch.eye(len(root), dtype=root.dtype, device=root.device)
     back = torch.linalg.solve_triangular(root, unit, upper=False).to(inputs.dtype)
-    return Basis(inputs @ back.mT, root.to(inputs.dtype), back)
+    return Basis(inputs, inputs @ back.mT, back)
 
 
 def refit_queries(readers: Sequence[Reader], key: Tensor, *, seed: int) -> None:
@@ -98,56 +98,54 @@ def refit_queries(readers: Sequence[Reader], key: Tensor, *, seed: int) -> None:
     Args:
         readers: Everything that is to be refitted; their ``rows`` are replaced.
         key: [N, T, D] rotated keys.
-        seed: Of the probe that measures the scale of the ridge.
+        seed: Of the random errors that tell the scale of the problem.
     """
-    for reader in readers:
-        Ruler(reader).fit_queries(key, seed)
+    for number, reader in enumerate(readers):
+        Ruler(reader, seed + number).fit_queries(key)
 
 
-def refit_scores(
-    readers: Sequence[Reader], key_inputs: Tensor, key_rows: Tensor, *, seed: int
-) -> Tensor:
+def refit_scores(readers: Sequence[Reader], basis: Basis, key_rows: Tensor, *, seed: int) -> Tensor:
     """Refit the query projections of all readers of one KV head, and its key projection.
 
     Args:
         readers: Everything that reads this KV head; their ``rows`` are replaced.
-        key_inputs: [N, T, E'] white inputs of the key projection.
-        key_rows: [D, E'] the key projection in the same coordinates.
-        seed: Of the probes that measure the scale of the ridge.
+        basis: The inputs of the key projection.
+        key_rows: [D, E'] that projection.
+        seed: Of the random errors that tell the scale of the problems.
 
     Returns:
         The new key projection.
     """
-    rulers = [Ruler(reader) for reader in readers]
+    rulers = [Ruler(reader, seed + number) for number, reader in enumerate(readers)]
     turn = readers[0].scoring.turn
-
-    def fit_queries(rows: Tensor) -> None:
-        key = rotate(key_inputs @ rows.mT, turn)
-        for ruler in rulers:
-            ruler.fit_queries(key, seed)
-
-    fit_queries(key_rows)
-    for _ in range(_ROUNDS):
-        key_rows = _fit_keys(rulers, key_inputs, key_rows, turn, seed)
-        fit_queries(key_rows)
+    key = rotate(basis.inputs @ key_rows.mT, turn)
+    for ruler in rulers:
+        ruler.map_queries(key)
+    key_rows = _fit_keys(rulers, basis, key_rows, turn)
+    key = rotate(basis.inputs @ key_rows.mT, turn)
+    for ruler in rulers:
+        ruler.fit_queries(key)
     return key_rows
 
 
 class Ruler:
-    """The metric in which the scores of one reader are fitted, window by window."""
+    """The metric in which the scores of one reader are fitted, window by window.
 
-    def __init__(self, reader: Reader) -> None:
+    Args:
+        reader: What is measured.
+        seed: Of the signs of random errors.
+    """
+
+    def __init__(self, reader: Reader, seed: int) -> None:
         self.reader = reader
         scoring = reader.scoring
         self.weights = weights(reader.target, scoring)
         self.slope: Tensor | None = None
         if scoring.softcap is not None:  # how much of a change of the score the cap lets through
             self.slope = 1 - torch.tanh(reader.target / scoring.softcap).square()
-
-    @cached_property
-    def pull(self) -> Tensor:
-        """The scores of the original layer [N, g, T, T] in the metric."""
-        return torch.stack([self.measure(n, s) for n, s in enumerate(self.reader.target)])
+        draws = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, self.weights.shape[1:], generator=draws, dtype=torch.int8)
+        self._signs = (2 * signs - 1).to(self.weights)
 
     def measure(self, window: int, error: Tensor) -> Tensor:
         """``(diag p - p p^T) error`` of scores [g, T, T]."""
@@ -158,81 +156,111 @@ class Ruler:
         weighted = torch.addcmul(weighted, self.weights[window], mean, value=-1) * self.reader.share
         return weighted if self.slope is None else self.slope[window] * weighted
 
-    def queries(self, window: int, rows: Tensor) -> Tensor:
+    def noise(self, window: int) -> Tensor:
+        """Random errors of scores [g, T, T] whose second moment is that metric."""
+        error = self.weights[window].sqrt() * self._signs
+        error = torch.addcmul(error, self.weights[window], error.sum(-1, keepdim=True), value=-1)
+        error = error * math.sqrt(self.reader.share)
+        return error if self.slope is None else self.slope[window] * error
+
+    def queries(self, window: int) -> Tensor:
         """Rotated queries [g, T, D], scaled."""
-        scoring = self.reader.scoring
-        return rotate(self.reader.basis.inputs[window] @ rows.mT, scoring.turn) * scoring.scale
+        asked = self.reader.basis.inputs[window] @ self.reader.rows.mT
+        return rotate(asked, self.reader.scoring.turn) * self.reader.scoring.scale
 
-    def fit_queries(self, key: Tensor, seed: int) -> None:
+    def fit_queries(self, key: Tensor) -> None:
         """Refit ``rows`` for rotated keys [N, T, D]."""
-        scoring, inputs = self.reader.scoring, self.reader.basis.inputs
+        basis, rows = self.reader.basis, self.reader.rows
+        asked = basis.inputs.flatten(0, 1) @ rows.mT
+        self.reader.rows = rows + self._change(_flat(basis), asked, key) @ basis.back
 
-        def gradient(window: int, weighted: Tensor) -> Tensor:
-            turned = rotate(weighted @ key[window] * scoring.scale, scoring.turn.conj())
-            return turned.mT @ inputs[window]
+    def map_queries(self, key: Tensor) -> None:
+        """Refit a map [D, D] of what ``rows`` give, for rotated keys [N, T, D].
 
-        def normal(rows: Tensor) -> Tensor:
-            return total(
-                gradient(n, self.measure(n, self.queries(n, rows) @ key[n].mT))
-                for n in range(len(inputs))
-            )
+        That is most of what keys want of queries before they are refitted themselves, and takes
+        less work than new ``rows``, D / E' of it.
+        """
+        rows = self.reader.rows
+        asked = self.reader.basis.inputs.flatten(0, 1) @ rows.mT
+        bases = [basis_of(head, bias=False) for head in asked]
+        change = self._change(torch.stack([basis.white for basis in bases]), asked, key)
+        self.reader.rows = rows + change @ torch.stack([basis.back for basis in bases]) @ rows
 
-        pull = total(gradient(n, pulled) for n, pulled in enumerate(self.pull))
-        self.reader.rows = solve(
-            normal, pull, self.reader.rows, ridge=RIDGE, steps=STEPS, seed=seed
-        )
+    def _change(self, inputs: Tensor, asked: Tensor, key: Tensor) -> Tensor:
+        """What to add to the projections of inputs [1 or g, n, E'] that gave queries [g, n, D]."""
+        scale, turn = self.reader.scoring.scale, self.reader.scoring.turn
+        windows = range(len(key))
 
-    def fit_still_keys(self, turning: Tensor, inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+        def scores(asked: Tensor, window: int) -> Tensor:
+            query = asked[:, window * len(turn) : (window + 1) * len(turn)]
+            return (rotate(query, turn) * scale) @ key[window].mT
+
+        def pull(errors: Callable[[int], Tensor]) -> Tensor:
+            return torch.cat([rotate(errors(n) @ key[n] * scale, turn.conj()) for n in windows], 1)
+
+        def metric(asked: Tensor) -> Tensor:
+            return pull(lambda n: self.measure(n, scores(asked, n)))
+
+        missing = pull(lambda n: self.measure(n, self.reader.target[n] - scores(asked, n)))
+        moment = gram(pull(self.noise))
+        return solve(inputs, metric, missing, moment, ridge=RIDGE, steps=STEPS)
+
+    def fit_still_keys(self, turning: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
         """Refit the map [Dn, R] that gives the dims of a key without rotation; queries stand.
 
         Args:
             turning: [N, T, Dr] the rotated dims, which come first and stand.
             inputs: [N, T, R] what the others are made of.
             rows: [Dn, R] the map so far.
-            seed: Of the probe that measures the scale of the ridge.
         """
-        width = turning.shape[-1]
-        query = [self.queries(n, self.reader.rows) for n in range(len(inputs))]
+        windows, width = range(len(inputs)), turning.shape[-1]
+        query = [self.queries(n) for n in windows]
 
-        def gradient(window: int, weighted: Tensor) -> Tensor:
-            back = (weighted.mT @ query[window][..., width:]).sum(0)
-            return back.mT @ inputs[window]
+        def pull(errors: Callable[[int], Tensor]) -> Tensor:
+            return torch.cat([_back(errors(n), query[n][..., width:]) for n in windows])[None]
 
-        def normal(rows: Tensor) -> Tensor:
-            def of(window: int) -> Tensor:
-                key = inputs[window] @ rows[0].mT
-                scores = query[window][..., width:] @ key.mT
-                return gradient(window, self.measure(window, scores))
+        def metric(key: Tensor) -> Tensor:
+            key = key.view(*inputs.shape[:2], -1)
+            return pull(lambda n: self.measure(n, query[n][..., width:] @ key[n].mT))
 
-            return total(of(n) for n in range(len(inputs)))[None]
+        def wanting(window: int) -> Tensor:
+            key = torch.cat([turning[window], inputs[window] @ rows.mT], -1)
+            return self.measure(window, self.reader.target[window] - query[window] @ key.mT)
 
-        def missing(window: int) -> Tensor:
-            standing = query[window][..., :width] @ turning[window].mT
-            return self.pull[window] - self.measure(window, standing)
-
-        pull = total(gradient(n, missing(n)) for n in range(len(inputs)))
-        return solve(normal, pull[None], rows[None], ridge=RIDGE, steps=STEPS, seed=seed)[0]
+        moment, given = gram(pull(self.noise)), inputs.flatten(0, 1)[None]
+        change = solve(given, metric, pull(wanting), moment, ridge=RIDGE, steps=STEPS)
+        return rows + change[0]
 
 
-def _fit_keys(
-    rulers: Sequence[Ruler], inputs: Tensor, rows: Tensor, turn: Tensor, seed: int
-) -> Tensor:
+def _fit_keys(rulers: Sequence[Ruler], basis: Basis, rows: Tensor, turn: Tensor) -> Tensor:
     """Refit the key projection [D, E'] for the queries as they stand."""
-    query = [[ruler.queries(n, ruler.reader.rows) for n in range(len(inputs))] for ruler in rulers]
+    windows = range(len(basis.inputs))
+    query = [[ruler.queries(n) for n in windows] for ruler in rulers]
 
-    def gradient(window: int, weighted: Sequence[Tensor]) -> Tensor:
-        turned = total((w.mT @ q[window]).sum(0) for w, q in zip(weighted, query, strict=True))
-        return rotate(turned, turn.conj()).mT @ inputs[window]
-
-    def normal(rows: Tensor) -> Tensor:
+    def pull(errors: Callable[[Ruler, int, Tensor], Tensor]) -> Tensor:
         def of(window: int) -> Tensor:
-            key = rotate(inputs[window] @ rows[0].mT, turn)
-            return gradient(
-                window,
-                [r.measure(window, q[window] @ key.mT) for r, q in zip(rulers, query, strict=True)],
-            )
+            pairs = zip(rulers, query, strict=True)
+            asked = total(_back(errors(r, window, q[window]), q[window]) for r, q in pairs)
+            return rotate(asked, turn.conj())
 
-        return total(of(n) for n in range(len(inputs)))[None]
+        return torch.cat([of(n) for n in windows])[None]
 
-    pull = total(gradient(n, [r.pull[n] for r in rulers]) for n in range(len(inputs)))
-    return solve(normal, pull[None], rows[None], ridge=RIDGE, steps=STEPS, seed=seed)[0]
+    def metric(key: Tensor) -> Tensor:
+        key = rotate(key.view(*basis.inputs.shape[:2], -1), turn)
+        return pull(lambda ruler, n, q: ruler.measure(n, q @ key[n].mT))
+
+    key = rotate(basis.inputs @ rows.mT, turn)
+    missing = pull(lambda ruler, n, q: ruler.measure(n, ruler.reader.target[n] - q @ key[n].mT))
+    moment = gram(pull(lambda ruler, n, _: ruler.noise(n)))
+    change = solve(_flat(basis), metric, missing, moment, ridge=RIDGE, steps=STEPS)
+    return rows + change[0] @ basis.back
+
+
+def _back(errors: Tensor, queries: Tensor) -> Tensor:
+    """What errors [g, T, T] of the scores of queries [g, T, D] pull at keys [T, D]."""
+    return errors.flatten(0, 1).mT @ queries.flatten(0, 1)
+
+
+def _flat(basis: Basis) -> Tensor:
+    """White inputs [1, n, R]."""
+    return basis.white.flatten(0, 1)[None]

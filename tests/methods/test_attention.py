@@ -77,9 +77,7 @@ def test_attention_is_that_of_torch(shape: Shape, window: int | None) -> None:
     layer, ordered = _ordered(shape)
     scoring = causal(T, shape.rope_dim // 2, window=window)
     inputs = randn(N, T, shape.hidden, seed=2)
-    found = attend(
-        ordered, scoring, inputs, keys(ordered, scoring, inputs), values(ordered, scoring, inputs)
-    )
+    found = attend(*(part(ordered, scoring, inputs) for part in (queries, keys, values)), scoring)
     place = torch.arange(T)
     behind = place[:, None] - place
     expected = scaled_dot_product_attention(

@@ -24,7 +24,7 @@ from convert.methods.fitting import (
     second_moments,
 )
 from convert.methods.merge import merge_heads
-from convert.methods.refit_outcome import ValueReader, refit_values
+from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, causal, randn, random_layer
 
@@ -98,7 +98,7 @@ def test_the_outcome_of_all_layers_never_gets_further_away(
         ]
 
     shared = (keys(merged[0], scoring, inputs), values(merged[0], scoring, inputs))
-    options = {"inputs": inputs, "shared": shared, "target": seen[0].outputs, "seed": 1}
+    options = {"inputs": inputs, "shared": shared, "target": seen[0].outputs}
     fitted = refit_outcome(0, seen, merged, **options)
     before, after = errors(merged), errors(fitted)
     assert sum(after) < sum(before)
@@ -108,7 +108,6 @@ def test_the_outcome_of_all_layers_never_gets_further_away(
             "inputs": seen[layer].inputs,
             "shared": (shared[0], given),
             "target": seen[layer].outputs,
-            "seed": 1,
         }
         fitted = refit_outcome(layer, seen, fitted, **options)
         assert errors(fitted)[layer] < after[layer]
@@ -126,7 +125,7 @@ def test_outcomes_that_are_right_already_stay(count: int) -> None:
         for item, layer in zip(seen, merged, strict=True)
     ]
     fitted = refit_outcome(
-        0, content, merged, inputs=inputs, shared=shared, target=content[0].outputs, seed=1
+        0, content, merged, inputs=inputs, shared=shared, target=content[0].outputs
     )
     for after, before in zip(fitted, merged, strict=True):
         for name in ("v", "v_bias", "o", "o_bias"):
@@ -144,18 +143,53 @@ def test_values_are_fitted_for_what_each_layer_reads(monkeypatch: pytest.MonkeyP
     asked: list[Sequence[ValueReader]] = []
 
     def recorded(readers: Sequence[ValueReader], *arguments: Any, **options: Any) -> Tensor:
-        asked.append(readers)
+        asked.append([dataclasses.replace(r, missing=r.missing.clone()) for r in readers])
         return refit_values(readers, *arguments, **options)
 
     monkeypatch.setattr(fitting, "refit_values", recorded)
     target = seen[0].outputs
-    refit_outcome(0, seen, merged, inputs=inputs, shared=shared, target=target, seed=1)
-    assert len(asked) == 4  # two KV heads, twice
+    fitted = refit_outcome(0, seen, merged, inputs=inputs, shared=shared, target=target)
+    after = values(fitted[0], scoring, inputs)
+    assert len(asked) == 2  # KV heads
     for place, readers in enumerate(asked):
         assert len(readers) == 2
         for reader, layer, item in zip(readers, merged, seen, strict=True):
             whole = _log_weights(layer, scoring, item.inputs, shared[0]).exp()
-            assert_close(reader.weights, whole[:, 4 * (place % 2) :][:, :4], atol=1e-12)
+            assert_close(reader.weights, whole[:, 4 * place :][:, :4], atol=1e-12)
+            # the output was fitted to all values, of which those before are fitted by now
+            now = torch.cat([after[:, :place], shared[1][:, place:]], 1)
+            before = _with_output(layer, _heads(whole, shared[1]), item.outputs)
+            missing = item.outputs - projected(before, _heads(whole, now))
+            scale = item.outputs.square().mean().rsqrt()
+            assert_close(reader.missing, scale * missing, atol=1e-10)
+            assert before.o is not None
+            assert_close(reader.output, scale * before.o[:, 4 * place :][:, :4], atol=1e-10)
+
+
+def test_the_last_output_is_fitted_to_the_new_values() -> None:
+    seen, merged = _unit(2)
+    scoring, inputs = seen[0].scoring, seen[0].inputs
+    shared = (keys(merged[0], scoring, inputs), values(merged[0], scoring, inputs))
+    fitted = refit_outcome(0, seen, merged, inputs=inputs, shared=shared, target=seen[0].outputs)
+    after = values(fitted[0], scoring, inputs)
+    for layer, item, found in zip(merged, seen, fitted, strict=True):
+        whole = _log_weights(layer, scoring, item.inputs, shared[0]).exp()
+        first = _with_output(layer, _heads(whole, shared[1]), item.outputs)
+        last = _with_output(first, _heads(whole, after), item.outputs)
+        for name in ("o", "o_bias"):
+            assert_close(getattr(found, name), getattr(last, name), atol=1e-10)
+
+
+def _heads(mixing: Tensor, value: Tensor) -> Tensor:
+    """[N, T, H, Dv] of weights [N, H, T, T] and values [N, Hkv, T, Dv]."""
+    each = value.repeat_interleave(mixing.shape[1] // value.shape[1], 1)
+    return torch.einsum("nhts,nhsd->nthd", mixing, each)
+
+
+def _with_output(layer: AttentionLayer, heads: Tensor, target: Tensor) -> AttentionLayer:
+    assert layer.o is not None
+    output, bias = refit_output(heads, target, layer.o, layer.o_bias)
+    return dataclasses.replace(layer, o=output, o_bias=bias)
 
 
 def test_moments_are_means_of_products() -> None:

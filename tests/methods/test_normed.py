@@ -119,7 +119,7 @@ def test_the_expanded_form_computes_the_same(shape: Shape, norm: QkNorm) -> None
     assert_close(found, expected, atol=1e-10)
     back = with_expanded_values(layer, ready, latent_basis(layer, inputs))
     assert_close(back.v_up, layer.v_up, atol=1e-8)
-    basis = latent_basis(layer, inputs).inputs[0]
+    basis = latent_basis(layer, inputs).white[0]
     assert_close(basis, case.inputs @ layer.latent.T + layer.latent_bias, atol=1e-10)
 
 

@@ -36,6 +36,7 @@ from tests.methods.references import (
     causal_weights,
     frequencies,
     heads_of,
+    key_factors_of,
     latent_outcome,
     latent_scores,
     normed,
@@ -160,7 +161,7 @@ def _divergence(case: Case, layer: LatentLayer) -> Tensor:
 
 @dataclass(slots=True)
 class Unknowns:
-    """The two maps of one head as the refit sees them, rotary dims first and inputs white.
+    """The two maps of one head as the refit sees them, rotary dims first.
 
     With a norm the first reads the normed queries of the head.
     """
@@ -171,17 +172,20 @@ class Unknowns:
     query: Tensor  # [D, E']; with a norm [Dr + Dn, Dn]
     up: Tensor  # [Dn, R]
 
+    @property
+    def noise(self) -> Tensor:
+        """Random errors of its scores [N, T, T]."""
+        return _noise(self.case, self.head)
+
     def layer(self, query: Tensor, up: Tensor) -> LatentLayer:
         """The latent layer with these maps for its head."""
         layer, head = self.case.layer, self.head
         if layer.q_rope is not None:
-            rotary, still = (query @ self.basis.back).split(
-                [layer.geometry.rope_dim, layer.geometry.nope_dim]
-            )
+            rotary, still = query.split([layer.geometry.rope_dim, layer.geometry.nope_dim])
             q_rope, k_up = layer.q_rope.clone(), layer.k_up.clone()
             q_rope[head], k_up[head] = rotary, still.T @ up
             return dataclasses.replace(layer, q_rope=q_rope, k_up=k_up)
-        rows = torch.roll(query, -layer.geometry.rope_dim, 0) @ self.basis.back
+        rows = torch.roll(query, -layer.geometry.rope_dim, 0)
         q, k_up = layer.q.clone(), layer.k_up.clone()
         q[head], k_up[head] = rows[:, :E], up
         if layer.q_bias is None:
@@ -194,30 +198,93 @@ class Unknowns:
         """[N, T, T] of the head."""
         return self.case.scores(self.layer(query, up))[:, self.head]
 
+    def fit_map(self) -> None:
+        """A map of the queries as they are, solved for where they are white."""
+        asked = self.basis.inputs @ self.query.T
+        flat = asked.flatten(0, 1)
+        moment = flat.T @ flat / len(flat)
+        floor = 1e-6 * moment.square().sum().sqrt() * torch.eye(len(moment), dtype=torch.float64)
+        root = torch.linalg.cholesky(moment + floor)
+        away = torch.linalg.inv(root)
+        before = self.query
+        found = _solve(
+            self.case.targets()[:, self.head],
+            lambda change: self.scores(change @ away @ before, self.up),
+            root,
+            asked @ away.T,
+            self.noise,
+            "ntr,ntru->ntu",
+        )
+        self.query = found @ away @ before
+
     def fit_query(self) -> None:
-        target = self.case.targets()[:, self.head]
-        self.query = _solve(target, lambda query: self.scores(query, self.up), self.query)
+        back = self.basis.back
+        found = _solve(
+            self.case.targets()[:, self.head],
+            lambda query: self.scores(query @ back, self.up),
+            torch.linalg.solve(back.T, self.query.T).T,
+            self.basis.white,
+            self.noise,
+            "ntr,ntru->ntu",
+        )
+        self.query = found @ back
 
     def fit_up(self) -> None:
-        target = self.case.targets()[:, self.head]
-        self.up = _solve(target, lambda up: self.scores(self.query, up), self.up)
+        layer = self.case.layer
+        latents = self.case.inputs @ layer.latent.T
+        power = (latents - latents.mean((0, 1))).square().mean()
+        if self.case.norm is not None:
+            assert layer.latent_bias is not None
+            factors = [key_factors_of(layer, self.case.norm, x) for x in self.case.inputs]
+            own = self.head * factors[0].shape[1] // layer.geometry.heads
+            latents = torch.stack(factors)[..., own, None] * (latents + layer.latent_bias)
+            power = latents.square().mean()
+        self.up = _solve(
+            self.case.targets()[:, self.head],
+            lambda up: self.scores(self.query, up),
+            self.up,
+            latents,
+            self.noise,
+            "ntr,ntru->nru",
+            power=power,
+        )
 
 
-def _solve(target: Tensor, of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Dense least squares of scores that are affine in an unknown, with the ridge.
+def _noise(case: Case, head: int) -> Tensor:
+    """Random errors of the scores of a head [N, T, T]: a root of their metric times signs."""
+    shares = causal_weights(case.targets()[:, head])
+    draws = torch.Generator().manual_seed(5 + head)
+    signs = 2 * torch.randint(2, (1, T, T), generator=draws, dtype=torch.int8)[0].double() - 1
+    root = torch.diag_embed(shares.sqrt()) - shares[..., :, None] * shares.sqrt()[..., None, :]
+    return (root @ signs[..., None])[..., 0]
 
-    The error of each row of scores counts by the square root of ``diag p - p p^T``.
+
+def _solve(
+    target: Tensor,
+    of: Callable[[Tensor], Tensor],
+    start: Tensor,
+    inputs: Tensor,
+    noise: Tensor,
+    pull: str,
+    power: Tensor | None = None,
+) -> Tensor:
+    """Dense least squares of scores that are affine in a projection [D, E'], with the ridge.
+
+    The error of each row of scores counts by the square root of ``diag p - p p^T``. The ridge is a
+    hundredth of what random errors pull at the projected inputs [N, T, E'] of each token, times the
+    power of inputs, of which a constant may be left out.
     """
     shares = causal_weights(target)
     root = shares.sqrt()[..., None] * (torch.eye(T).double() - shares[..., None, :])
     nothing = of(torch.zeros_like(start))
     units = torch.eye(start.numel(), dtype=torch.float64).view(-1, *start.shape)
-    design = torch.stack([of(unit) - nothing for unit in units], -1)
-    design = torch.einsum("...tsr,...tru->...tsu", root, design).flatten(0, -2)
+    plain = torch.stack([of(unit) - nothing for unit in units], -1)
+    design = torch.einsum("...tsr,...tru->...tsu", root, plain).flatten(0, -2)
     wanted = torch.einsum("...tsr,...tr->...ts", root, target - nothing).flatten()
-    draws = torch.Generator().manual_seed(5)
-    signs = (2 * torch.randint(0, 2, (1, *start.shape), generator=draws) - 1).double()
-    strength = RIDGE * (design @ signs.flatten()).square().sum() / start.numel()
+    # what the outputs of a token are pulled by, which comes times each of its inputs
+    pulled = torch.einsum(pull, noise, plain).unflatten(-1, start.shape).square().sum(-1)
+    pulled = (pulled / inputs.square().sum(-1, keepdim=True)).sum((0, 1)).mean()
+    strength = RIDGE * pulled * (inputs.square().mean() if power is None else power)
     ridge = strength.sqrt() * torch.eye(start.numel(), dtype=torch.float64)
     solution = torch.linalg.lstsq(
         torch.cat([design, ridge]),
@@ -239,7 +306,15 @@ def _with_rotary_key(case: Case) -> LatentLayer:
         bias = rows[:, E] if biased else None
         return dataclasses.replace(layer, k_rope=rows[:, :E], k_rope_bias=bias)
 
-    found = _solve(case.targets(), lambda white: case.scores(of(white)), start @ basis.there)
+    heads = range(case.original.geometry.heads)
+    found = _solve(
+        case.targets(),
+        lambda white: case.scores(of(white)),
+        torch.linalg.solve(basis.back.T, start.T).T,
+        basis.white,
+        torch.stack([_noise(case, head) for head in heads], 1),
+        "nhtr,nhtru->nru",
+    )
     return of(found)
 
 
@@ -249,13 +324,13 @@ def _unknowns(case: Case, head: int) -> Unknowns:
         heads = [normed(heads_of(layer, "q", x), case.norm, layer.q_norm) for x in case.inputs]
         basis = basis_of(torch.stack(heads)[:, :, head], bias=False)
         same = torch.eye(layer.geometry.nope_dim, dtype=torch.float64)
-        query = torch.cat([layer.q_rope[head], same]) @ basis.there
+        query = torch.cat([layer.q_rope[head], same])
         return Unknowns(case, head, basis, query, layer.k_up[head])
     basis = basis_of(case.inputs, bias=biased)
     rows = layer.q[head]
     if layer.q_bias is not None:
         rows = torch.cat([rows, layer.q_bias[head][:, None]], 1)
-    query = torch.roll(rows, layer.geometry.rope_dim, 0) @ basis.there
+    query = torch.roll(rows, layer.geometry.rope_dim, 0)
     return Unknowns(case, head, basis, query, layer.k_up[head])
 
 
@@ -263,8 +338,8 @@ def _unknowns(case: Case, head: int) -> Unknowns:
 def test_each_fit_is_the_minimum_of_its_own_quadratic(
     shape: Shape, norm: QkNorm | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries of each head; the rotary key; the map from the latent to keys; queries again."""
-    for name, value in (("STEPS", 400), ("RIDGE", RIDGE)):
+    """Maps of queries; the rotary key; the map from the latent to keys; queries of each head."""
+    for name, value in (("STEPS", 240), ("RIDGE", RIDGE)):
         monkeypatch.setattr(scores_module, name, value)
         monkeypatch.setattr(module, name, value)
     case = _case(shape, norm)
@@ -272,7 +347,7 @@ def test_each_fit_is_the_minimum_of_its_own_quadratic(
     each = [_unknowns(case, head) for head in range(case.original.geometry.heads)]
     for dense in each:
         dense.case, start = case, dense.query
-        dense.fit_query()
+        dense.fit_map()
         assert float((dense.query - start).abs().max()) > 0.01  # else nothing is tested
         case = dataclasses.replace(case, layer=dense.layer(dense.query, dense.up))
     if shape.rope_dim != 0:
@@ -363,9 +438,8 @@ def test_latents_are_what_the_basis_is_made_of() -> None:
     case = _case(SHAPES["GQA biases"])
     basis = latent_basis(case.layer, case.inputs)
     latents = torch.einsum("re,nte->ntr", case.layer.latent, case.inputs)
-    assert_close(basis.inputs, latents, atol=1e-12)
-    maps = randn(5, RANK, seed=1)
-    assert_close(maps @ basis.back @ basis.there, maps, atol=1e-10)
+    assert_close(basis.white, latents, atol=1e-12)
+    assert_close(basis.back, case.layer.latent, atol=0)
 
 
 def _with_outcome(case: Case) -> tuple[LatentLayer, AttentionLayer]:
@@ -379,7 +453,6 @@ def _with_outcome(case: Case) -> tuple[LatentLayer, AttentionLayer]:
         inputs=case.inputs,
         shared=(keys(whole, scoring, case.inputs), values(whole, scoring, case.inputs)),
         target=case.observed.outputs,
-        seed=5,
         basis=basis,
     )
     return with_expanded_values(case.layer, fitted, basis), fitted

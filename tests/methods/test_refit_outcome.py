@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from convert.methods import refit_outcome as module
-from convert.methods.least_squares import solve, total
+from convert.methods.least_squares import gram, solve, total
 from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
 from tests.helpers import assert_close
 from tests.methods.layers import augmented, causal, randn
@@ -47,16 +49,24 @@ def test_values_are_the_ridge_solution(
 ) -> None:
     monkeypatch.setattr(module, "_STEPS", 100)
     given = [_reader(10 * seed + 40 * index) for index in range(readers)]
-    inputs, rows = randn(N, T, E + 1, seed=seed + 5), randn(WIDTH, E + 1, seed=seed + 6)
-    found = refit_values(given, inputs, rows, seed=seed)
+    inputs = randn(N, T, E + 1, seed=seed + 5)
+    found = refit_values(given, inputs)
     design = torch.cat([_design(reader, inputs) for reader in given])
-    target = torch.cat([reader.target.flatten() for reader in given])
-    signs = torch.randint(0, 2, (1, *rows.shape), generator=torch.Generator().manual_seed(seed))
-    probe = (2 * signs - 1).double().flatten()
-    strength = 1e-3 * float((design @ probe).square().sum()) / rows.numel()
-    expected = _ridged(design, target[:, None], rows.reshape(-1, 1), strength)
-    assert_close(found, expected.reshape(rows.shape), atol=1e-9)
-    assert float((found - rows).abs().max()) > 0.1  # else nothing is tested
+    missing = torch.cat([reader.missing.flatten() for reader in given])
+    # a thousandth of the mean diagonal, were the inputs of all tokens independent
+    power = inputs.square().mean()
+    alone = [_design(reader, _one_token(s)) for reader in given for s in range(T)]
+    strength = 1e-3 * float(power * sum(one.square().sum() for one in alone)) / WIDTH
+    expected = _ridged(design, missing[:, None], torch.zeros(found.numel(), 1).double(), strength)
+    assert_close(found, expected.reshape(found.shape), atol=1e-9)
+    assert float(found.abs().max()) > 0.1  # else nothing is tested
+
+
+def _one_token(place: int) -> Tensor:
+    """Inputs [N, T, 1] that are one at one token of each window."""
+    inputs = torch.zeros(N, T, 1, dtype=torch.float64)
+    inputs[:, place] = 1
+    return inputs
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
@@ -64,20 +74,16 @@ def test_refitted_values_are_never_further_away(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_STEPS", steps)
-    reader, inputs, rows = _reader(1), randn(N, T, E, seed=5), randn(WIDTH, E, seed=6)
-    design = _design(reader, inputs)
-
-    def error(rows: Tensor) -> float:
-        return float((design @ rows.flatten() - reader.target.flatten()).square().sum())
-
-    assert error(refit_values([reader], inputs, rows, seed=1)) < error(rows)
+    reader, inputs = _reader(1), randn(N, T, E, seed=5)
+    change = _design(reader, inputs) @ refit_values([reader], inputs).flatten()
+    left = reader.missing.flatten() - change
+    assert float(left.square().sum()) < float(reader.missing.square().sum())
 
 
-def test_values_that_are_right_stay() -> None:
-    reader, inputs, rows = _reader(1), randn(N, T, E, seed=5), randn(WIDTH, E, seed=6)
-    right = (_design(reader, inputs) @ rows.flatten()).reshape(N, T, E)
-    found = refit_values([ValueReader(reader.weights, reader.output, right)], inputs, rows, seed=1)
-    assert_close(found, rows, atol=1e-12)
+def test_values_that_lack_nothing_stay() -> None:
+    reader, inputs = _reader(1), randn(N, T, E, seed=5)
+    found = refit_values([dataclasses.replace(reader, missing=0 * reader.missing)], inputs)
+    assert_close(found, torch.zeros(WIDTH, E, dtype=torch.float64), atol=0)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -112,29 +118,44 @@ def test_output_that_is_right_stays() -> None:
     assert_close(found_bias, bias, atol=1e-12)
 
 
-def test_solver_solves_one_ridged_system_for_each_leading_index() -> None:
-    matrices = [randn(6, 6, seed=seed) for seed in range(3)]
-    normals = torch.stack([(1 + 50 * i) * m @ m.T for i, m in enumerate(matrices)])
-    pull, start = randn(3, 2, 3, seed=4), randn(3, 2, 3, seed=5)
+@pytest.mark.parametrize("common", [True, False], ids=["inputs of all", "inputs of each"])
+def test_solver_solves_one_ridged_system_for_each_projection(common: bool) -> None:
+    count, tokens, width, size = 3, 20, 2, 3
+    roots = randn(count, tokens * width, tokens * width, seed=1) / tokens
+    inputs, missing = randn(count, tokens, size, seed=2), randn(count, tokens, width, seed=3)
+    inputs = inputs[:1] if common else inputs
+    moment = gram(randn(count, 5, width, seed=4))
 
-    def normal(rows: Tensor) -> Tensor:
-        return (normals @ rows.flatten(1)[..., None]).reshape(rows.shape)
+    def metric(made: Tensor) -> Tensor:
+        return (gram(roots) @ made.flatten(1)[..., None]).view_as(made)
 
-    found = solve(normal, pull, start, ridge=0.3, steps=60, seed=7)
-    signs = torch.randint(0, 2, (3, 2, 3), generator=torch.Generator().manual_seed(7))
-    for index, matrix in enumerate(normals):
-        probe = (2 * signs[index] - 1).double().flatten()
-        strength = 0.3 * float(probe @ matrix @ probe) / 6
-        ridged = matrix + strength * torch.eye(6, dtype=torch.float64)
-        wanted = pull[index].flatten() + strength * start[index].flatten()
-        expected = torch.linalg.solve(ridged, wanted)
+    found = solve(inputs, metric, missing, moment, ridge=0.3, steps=60)
+    for index, root in enumerate(roots):
+        given = inputs[0 if common else index]
+        design = torch.kron(torch.eye(width).double(), given)  # of [D, E'] for [D, n]
+        design = design.reshape(width, tokens, -1).transpose(0, 1).flatten(0, 1)
+        strength = 0.3 * given.square().mean() * moment[index].trace() / width
+        ridged = (root @ design).T @ (root @ design) + strength * torch.eye(width * size).double()
+        expected = torch.linalg.solve(ridged, design.T @ missing[index].flatten())
         assert_close(found[index].flatten(), expected, atol=1e-9)
 
 
+def test_solver_needs_one_step_where_inputs_are_white_and_the_metric_one_matrix() -> None:
+    white = torch.linalg.qr(randn(30, 4, seed=1)).Q[None]
+    matrix = gram(randn(1, 9, 3, seed=2) * torch.tensor([1.0, 30.0, 1000.0]))
+    missing = randn(1, 30, 3, seed=3)
+    options = {"moment": 30 * matrix, "ridge": 1e-3}
+    found, exact = (
+        solve(white, lambda made: made @ matrix, missing, **options, steps=steps)
+        for steps in (1, 50)
+    )
+    assert_close(found, exact, atol=1e-12)
+
+
 def test_solver_survives_a_matrix_of_zeros() -> None:
-    start = randn(2, 3, seed=1).float()
-    found = solve(torch.zeros_like, torch.zeros(2, 3), start, ridge=0.1, steps=5, seed=0)
-    assert_close(found, start, atol=0.0)
+    zeros = torch.zeros(2, 5, 3)
+    found = solve(zeros, torch.zeros_like, zeros, torch.zeros(2, 3, 3), ridge=0.1, steps=5)
+    assert_close(found, torch.zeros(2, 3, 3), atol=0.0)
 
 
 def test_sum_is_that_of_all_terms() -> None:

@@ -34,7 +34,7 @@ def one_by_one(function: Callable[[int], None], numbers: range) -> None:
 @pytest.fixture
 def converged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough steps for conjugate gradients to end where the dense solution lies."""
-    monkeypatch.setattr(module, "STEPS", 120)
+    monkeypatch.setattr(module, "STEPS", 50)
 
 
 def _basis(*, bias: bool, seed: int) -> Basis:
@@ -89,67 +89,104 @@ def _divergence(readers: Sequence[Reader], key: Tensor) -> float:
 
 
 def _solved(
-    jacobian: Tensor, metric: Tensor, target: Tensor, start: Tensor, signs: Tensor
+    jacobian: Tensor, metric: Tensor, target: Tensor, start: Tensor, strength: Tensor
 ) -> Tensor:
-    """Dense ridge solution: jacobian [rows, T, unknowns], metric [rows, T, T], target [rows, T].
-
-    The ridge is 1/100 of the mean diagonal, estimated with random signs.
-    """
+    """Dense ridge solution: jacobian [rows, T, unknowns], metric [rows, T, T], target [rows, T]."""
     normal = torch.einsum("rsi,rsq,rqj->ij", jacobian, metric, jacobian)
     pull = torch.einsum("rsi,rsq,rq->i", jacobian, metric, target)
-    strength = 0.01 * torch.mean(signs * (normal @ signs))
     ridged = normal + strength * torch.eye(len(normal), dtype=torch.float64)
     return torch.linalg.solve(ridged, pull + strength * start)
 
 
-def _signs(shape: Sequence[int], seed: int) -> Tensor:
-    drawn = torch.randint(0, 2, tuple(shape), generator=torch.Generator().manual_seed(seed))
-    return (2 * drawn - 1).double()
+def _noise(reader: Reader, seed: int) -> Tensor:
+    """Random errors of scores [N, g, T, T]: a root of the metric times signs."""
+    target, scoring = reader.target.clone(), reader.scoring
+    slope = torch.ones_like(target)
+    if scoring.softcap is not None:
+        slope = 1 / torch.cosh(target / scoring.softcap) ** 2
+        target = scoring.softcap * torch.tanh(target / scoring.softcap)
+    shares = torch.softmax(target.masked_fill(~scoring.visible, -torch.inf), -1)
+    draws = torch.Generator().manual_seed(seed)
+    signs = 2 * torch.randint(2, target.shape[1:], generator=draws, dtype=torch.int8).double() - 1
+    root = torch.diag_embed(shares.sqrt()) - shares[..., :, None] * shares.sqrt()[..., None, :]
+    assert_close(
+        slope[..., None] * (root @ root.mT) * slope[..., None, :], _metric(reader), atol=1e-12
+    )
+    return reader.share**0.5 * slope * (root @ signs[None, ..., None])[..., 0]
+
+
+def _strength(pull: Tensor, inputs: Tensor) -> Tensor:
+    """1/100 of the mean of what random errors pull at the outputs [..., D] of a projection."""
+    return 0.01 * pull.square().flatten(0, -2).sum(0).mean() * inputs.square().mean()
 
 
 def _dense_queries(reader: Reader, key: Tensor, seed: int) -> Tensor:
-    rotation, inputs = _rotations(reader.scoring), reader.basis.inputs
-    jacobian = torch.einsum("tfd,nsf,nte->ntsde", rotation, key, inputs) * reader.scoring.scale
-    metric, signs = _metric(reader), _signs(reader.rows.shape, seed)
-    return torch.stack(
-        [
-            _solved(
-                jacobian.flatten(0, 1).flatten(2),
-                metric[:, head].flatten(0, 1),
-                reader.target[:, head].flatten(0, 1),
-                rows.flatten(),
-                signs[head].flatten(),
-            ).reshape(rows.shape)
-            for head, rows in enumerate(reader.rows)
-        ]
-    )
+    """The projection of each head, solved for in white coordinates."""
+    white, back = reader.basis.white, reader.basis.back
+    start = torch.linalg.solve(back.T, reader.rows.mT).mT
+    found = [
+        _dense_query(reader, key, head, white, start[head], seed) for head in range(len(start))
+    ]
+    return torch.stack(found) @ back
 
 
-def _dense_keys(readers: Sequence[Reader], inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
-    rotation = _rotations(readers[0].scoring)
-    jacobians, metrics, targets = [], [], []
-    for reader in readers:
+def _dense_maps(reader: Reader, key: Tensor, seed: int) -> Tensor:
+    """The projection of each head after a map [D, D], solved for where queries are white."""
+    found = []
+    for head, rows in enumerate(reader.rows):
+        asked = reader.basis.inputs @ rows.T
+        flat = asked.flatten(0, 1)
+        moment = flat.T @ flat / len(flat)
+        floor = 1e-6 * moment.square().sum().sqrt() * torch.eye(D, dtype=torch.float64)
+        root = torch.linalg.cholesky(moment + floor)
+        white = torch.linalg.solve(root, asked.mT).mT
+        fitted = _dense_query(reader, key, head, white, root, seed)
+        found.append(fitted @ torch.linalg.inv(root) @ rows)
+    return torch.stack(found)
+
+
+def _dense_query(
+    reader: Reader, key: Tensor, head: int, white: Tensor, start: Tensor, seed: int
+) -> Tensor:
+    """Rows of one head that read white inputs [N, T, E']."""
+    rotation, scale = _rotations(reader.scoring), reader.scoring.scale
+    jacobian = torch.einsum("tfd,nsf,nte->ntsde", rotation, key, white) * scale
+    pull = torch.einsum("tfd,nsf,nts->ntd", rotation, key, _noise(reader, seed)[:, head]) * scale
+    return _solved(
+        jacobian.flatten(0, 1).flatten(2),
+        _metric(reader)[:, head].flatten(0, 1),
+        reader.target[:, head].flatten(0, 1),
+        start.flatten(),
+        _strength(pull, white),
+    ).reshape(start.shape)
+
+
+def _dense_keys(readers: Sequence[Reader], basis: Basis, rows: Tensor, seed: int) -> Tensor:
+    rotation, white = _rotations(readers[0].scoring), basis.white
+    jacobians, metrics, targets, pulls = [], [], [], []
+    for number, reader in enumerate(readers):
         query = torch.einsum("tfd,nte,gde->ngtf", rotation, reader.basis.inputs, reader.rows)
-        jacobian = torch.einsum("ngtf,sfd,nse->ngtsde", query, rotation, inputs)
-        jacobians.append((jacobian * reader.scoring.scale).flatten(0, 2).flatten(2))
-        metrics.append(_metric(reader).flatten(0, 2))
+        query = query * reader.scoring.scale
+        jacobian = torch.einsum("ngtf,sfd,nse->ngtsde", query, rotation, white)
+        jacobians.append(jacobian.flatten(0, 2).flatten(2))
+        metrics.append(reader.share * _metric(reader).flatten(0, 2))
         targets.append(reader.target.flatten(0, 2))
+        noise = _noise(reader, seed + number)
+        pulls.append(torch.einsum("ngts,ngtf,sfd->nsd", noise, query, rotation))
     system = (torch.cat(jacobians), torch.cat(metrics), torch.cat(targets))
-    signs = _signs((1, *rows.shape), seed).flatten()
-    return _solved(*system, rows.flatten(), signs).reshape(rows.shape)
+    start = torch.linalg.solve(basis.back.T, rows.mT).mT
+    found = _solved(*system, start.flatten(), _strength(sum(pulls, torch.zeros(())), white))
+    return found.reshape(start.shape) @ basis.back
 
 
-def _fitted_in_turn(readers: Sequence[Reader], inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """Queries, keys, queries, all dense; replaces the rows of the readers."""
+def _fitted_in_turn(readers: Sequence[Reader], basis: Basis, rows: Tensor, seed: int) -> Tensor:
+    """Maps of queries, keys, queries, all dense; replaces the rows of the readers."""
     scoring = readers[0].scoring
-
-    def fit_queries(rows: Tensor) -> None:
-        for reader in readers:
-            reader.rows = _dense_queries(reader, _key(inputs, rows, scoring), seed)
-
-    fit_queries(rows)
-    rows = _dense_keys(readers, inputs, rows, seed)
-    fit_queries(rows)
+    for number, reader in enumerate(readers):
+        reader.rows = _dense_maps(reader, _key(basis.inputs, rows, scoring), seed + number)
+    rows = _dense_keys(readers, basis, rows, seed)
+    for number, reader in enumerate(readers):
+        reader.rows = _dense_queries(reader, _key(basis.inputs, rows, scoring), seed + number)
     return rows
 
 
@@ -183,12 +220,12 @@ def test_queries_and_keys_are_solved_in_turn(
 ) -> None:
     scoring = causal(T, planes, window=window, softcap=softcap)
     readers = [_reader(scoring, bias=bias, seed=seed) for seed in (1, 11)]
-    inputs = _basis(bias=bias, seed=1).inputs
-    start = randn(D, inputs.shape[-1], seed=30)
+    basis = _basis(bias=bias, seed=1)
+    start = randn(D, E + bias, seed=30)
     copies = [dataclasses.replace(reader) for reader in readers]
-    found = refit_scores(readers, inputs, start, seed=5)
+    found = refit_scores(readers, basis, start, seed=5)
 
-    expected = _fitted_in_turn(copies, inputs, start, seed=5)
+    expected = _fitted_in_turn(copies, basis, start, seed=5)
     assert_close(found, expected, atol=1e-7 * float(expected.abs().max()))
     for reader, copy in zip(readers, copies, strict=True):
         assert_close(reader.rows, copy.rows, atol=1e-7 * float(copy.rows.abs().max()))
@@ -209,13 +246,13 @@ def test_refits_never_diverge_more(
     monkeypatch.setattr(module, "STEPS", steps)
     scoring = causal(T, planes, window=window, softcap=softcap)
     readers = [_reader(scoring, bias=True, seed=seed) for seed in (1, 11)]
-    inputs = _basis(bias=True, seed=1).inputs
-    start = randn(D, E + 1, seed=30)
+    basis = _basis(bias=True, seed=1)
+    inputs, start = basis.inputs, randn(D, E + 1, seed=30)
     before = _divergence(readers, _key(inputs, start, scoring))
     copies = [dataclasses.replace(reader) for reader in readers]
     refit_queries(copies, _key(inputs, start, scoring), seed=5)
     between = _divergence(copies, _key(inputs, start, scoring))
-    key_rows = refit_scores(readers, inputs, start, seed=5)
+    key_rows = refit_scores(readers, basis, start, seed=5)
     after = _divergence(readers, _key(inputs, key_rows, scoring))
     assert after < between < before
 
@@ -331,19 +368,19 @@ def test_layers_that_share_are_refitted_slot_by_slot(
 
         def reader(place: int, given: Tensor, layer: AttentionLayer) -> Reader:
             basis = basis_of(given, bias=bias)
-            rows = _biased(layer, "q")[heads] @ basis.there  # noqa: B023
+            rows = _biased(layer, "q")[heads]  # noqa: B023
             return Reader(basis, rows, targets[place][:, heads], scoring)  # noqa: B023
 
         readers = [reader(place, inputs[place], merged[place]) for place in range(2)]
-        rows = _biased(merged[0], "k")[slot] @ key_basis.there
-        rows = _fitted_in_turn(readers, key_basis.inputs, rows, seed=5)
+        rows = _biased(merged[0], "k")[slot]
+        rows = _fitted_in_turn(readers, key_basis, rows, seed=5)
         for expected, place in zip(readers, range(2), strict=True):
-            _assert_rows(produced[place], "q", heads, expected.rows @ expected.basis.back)
-        _assert_rows(produced[0], "k", slice(slot, slot + 1), (rows @ key_basis.back)[None])
+            _assert_rows(produced[place], "q", heads, expected.rows)
+        _assert_rows(produced[0], "k", slice(slot, slot + 1), rows[None])
         last = reader(1, moved, merged[1])
-        last.rows = readers[1].rows @ readers[1].basis.back @ last.basis.there
+        last.rows = readers[1].rows
         expected_rows = _dense_queries(last, _key(key_basis.inputs, rows, scoring), seed=5)
-        _assert_rows(fitted[1], "q", heads, expected_rows @ last.basis.back)
+        _assert_rows(fitted[1], "q", heads, expected_rows)
     assert fitted[0] is produced[0]
 
 
@@ -357,20 +394,19 @@ def _assert_rows(layer: AttentionLayer, part: str, heads: slice, expected: Tenso
 
 @biases
 def test_basis_makes_inputs_white_and_leads_back(bias: bool) -> None:
-    inputs = randn(N, 50, E, seed=1) * torch.tensor([0.1, 0.5, 2.0, 10.0])
+    inputs = randn(N, 50, E, seed=1) * torch.logspace(-1, 1, E)
     basis = basis_of(inputs, bias=bias)
     size = E + bias
-    flat = basis.inputs.flatten(0, 1)
+    flat = basis.white.flatten(0, 1)
     given = augmented(inputs) if bias else inputs
+    assert_close(basis.inputs, given, atol=0)
     moment = given.flatten(0, 1).T @ given.flatten(0, 1) / len(flat)
     floor = 1e-6 * moment.square().sum().sqrt() * torch.eye(size, dtype=torch.float64)
     # white, if each direction had the variance of the floor beside its own
     lifted = flat.T @ flat / len(flat) + basis.back @ floor @ basis.back.T
     assert_close(lifted, torch.eye(size, dtype=torch.float64), atol=1e-10)
     rows = randn(3, size, seed=2)
-    assert_close(rows @ basis.there @ basis.back, rows, atol=1e-10)
-    vectors = given @ rows.T
-    assert_close(basis.inputs @ (rows @ basis.there).T, vectors, atol=1e-10)
+    assert_close(basis.white @ rows.T, given @ (rows @ basis.back).T, atol=1e-10)
 
 
 def test_directions_that_do_not_occur_are_left_alone() -> None:
@@ -378,23 +414,24 @@ def test_directions_that_do_not_occur_are_left_alone() -> None:
     inputs = randn(N, T, E, seed=1)
     inputs[..., 2] = 0
     basis = basis_of(inputs, bias=False)
-    assert torch.isfinite(basis.inputs).all()
+    assert torch.isfinite(basis.white).all()
     rows = randn(HEADS, D, E, seed=2)
-    reader = Reader(basis, rows @ basis.there, randn(N, HEADS, T, T, seed=3), causal(T, 3))
+    reader = Reader(basis, rows, randn(N, HEADS, T, T, seed=3), causal(T, 3))
     refit_queries([reader], randn(N, T, D, seed=4), seed=5)
-    back = reader.rows @ basis.back
-    assert float((back - rows).abs().max()) > 0.1
-    assert_close(back[..., 2], rows[..., 2], atol=1e-8)
+    assert float((reader.rows - rows).abs().max()) > 0.1
+    assert_close(reader.rows[..., 2], rows[..., 2], atol=1e-8)
 
 
-def test_a_reader_of_double_share_counts_as_two(converged: None) -> None:
+@pytest.mark.usefixtures("converged")
+def test_a_reader_of_double_share_counts_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RIDGE", 1e-12)  # its strength is drawn for each reader
     scoring = causal(T, 2)
     one, other = (_reader(scoring, bias=False, seed=seed) for seed in (1, 11))
-    inputs, start = _basis(bias=False, seed=1).inputs, randn(D, E, seed=30)
+    basis, start = _basis(bias=False, seed=1), randn(D, E, seed=30)
 
     def keys(*readers: Reader) -> Tensor:
-        return refit_scores([dataclasses.replace(r) for r in readers], inputs, start, seed=5)
+        return refit_scores([dataclasses.replace(r) for r in readers], basis, start, seed=5)
 
     doubled = keys(one, dataclasses.replace(other, share=2.0))
-    assert_close(doubled, keys(one, other, other), atol=1e-9)
+    assert_close(doubled, keys(one, other, other), atol=1e-6)
     assert float((doubled - keys(one, other)).abs().max()) > 1e-3
