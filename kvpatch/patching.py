@@ -35,7 +35,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> Report:
 
     Args:
         model: A loaded model of transformers, or a module that has one in it.
-        strict: Fail unless kernels do all of the attention.
+        strict: Fail unless kernels can do all of the attention. What a call asks for later is not
+            known yet: dropout, returned weights or a dense mask still fall back, with a warning.
 
     Returns:
         What each attention module runs from now on.
