@@ -34,7 +34,7 @@ def one_by_one(function: Callable[[int], None], numbers: range) -> None:
 @pytest.fixture
 def converged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough steps for conjugate gradients to end where the dense solution lies."""
-    monkeypatch.setattr(module, "STEPS", 50)
+    monkeypatch.setattr(module, "STEPS", 120)
 
 
 def _basis(*, bias: bool, seed: int) -> Basis:
