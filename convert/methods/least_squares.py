@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["gram", "solve", "total"]
+__all__ = ["RIDGE", "gram", "solve", "total"]
+
+# of the mean diagonal of the normal matrix, for as many input dims as rows. What few rows say of
+# many dims is of those rows alone: measured, with 16 rows for each dim this saves a third of the
+# loss that a hundredth of the diagonal leaves, and with 96 it is no worse
+RIDGE = 4.0
 
 
 def solve(
@@ -30,11 +35,12 @@ def solve(
         metric: Product of M, positive semidefinite, with projected inputs [g, n, D].
         missing: [g, n, D] m, what the projected inputs lack, in the metric.
         moment: [g, D, D] that matrix for inputs of power one.
-        ridge: r, relative to its mean diagonal; it pulls towards no change.
+        ridge: r, relative to its mean diagonal times E' / n; it pulls towards no change.
         steps: Number of steps.
     """
     moment = moment * inputs.square().mean((1, 2), keepdim=True)
-    strength = (ridge * moment.diagonal(dim1=1, dim2=2).mean(1))[:, None, None]
+    relative = ridge * inputs.shape[2] / inputs.shape[1]
+    strength = (relative * moment.diagonal(dim1=1, dim2=2).mean(1))[:, None, None]
     strength = strength.clamp(min=torch.finfo().tiny)
     lifted = (moment + strength * torch.eye(moment.shape[1]).to(moment)).double()
     inverse = torch.linalg.inv(lifted).to(moment)

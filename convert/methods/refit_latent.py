@@ -31,8 +31,8 @@ from convert.methods.attention import (
     values,
 )
 from convert.methods.fitting import Each, Observed, Shared
-from convert.methods.least_squares import gram, solve, total
-from convert.methods.refit_scores import RIDGE, STEPS, Basis, Reader, Ruler, basis_of
+from convert.methods.least_squares import RIDGE, gram, solve, total
+from convert.methods.refit_scores import STEPS, Basis, Reader, Ruler, basis_of
 
 __all__ = [
     "Reading",

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convert.methods.least_squares import solve, total
+from convert.methods.least_squares import RIDGE, solve, total
 
 __all__ = ["ValueReader", "refit_output", "refit_values"]
 
 _OUTPUT_RIDGE = 1e-3  # of the mean power of a head's dim, towards what the projection was
-_VALUE_RIDGE = 1e-3  # of the mean diagonal of the normal matrix, likewise
 _STEPS = 5
 
 
@@ -80,7 +79,7 @@ def refit_values(readers: Sequence[ValueReader], inputs: Tensor) -> Tensor:
         metric,
         missing[None],
         total(reader.moment() for reader in readers)[None],
-        ridge=_VALUE_RIDGE,
+        ridge=RIDGE,
         steps=_STEPS,
     )[0]
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from convert.methods.attention import Scoring, rotate, weights
-from convert.methods.least_squares import gram, solve, total
+from convert.methods.least_squares import RIDGE, gram, solve, total
 from convert.methods.spectral import lower_root
 
 __all__ = [
-    "RIDGE",
     "STEPS",
     "Basis",
     "Reader",
@@ -33,8 +32,6 @@ __all__ = [
     "refit_scores",
 ]
 
-# of the mean diagonal of the normal matrix, towards the merged weights
-RIDGE = 1e-2
 # of conjugate gradients: measured, more gain on the text itself, but more windows in the same time
 # gain more on others
 STEPS = 5

@@ -46,7 +46,7 @@ from tests.methods.references import (
     with_norms,
 )
 
-N, T, E, PAIRS, RANK, RIDGE = 3, 9, 7, 2, 3, 0.01
+N, T, E, PAIRS, RANK, RIDGE = 3, 9, 7, 2, 3, 0.05
 SHAPES = {
     "MHA": Shape(kv_heads=2, group=1, head_dim=4, hidden=E),
     "GQA biases": Shape(kv_heads=2, group=2, hidden=E, biases=("q", "k", "v", "o")),
@@ -270,8 +270,8 @@ def _solve(
 ) -> Tensor:
     """Dense least squares of scores that are affine in a projection [D, E'], with the ridge.
 
-    The error of each row of scores counts by the square root of ``diag p - p p^T``. The ridge is a
-    hundredth of what random errors pull at the projected inputs [N, T, E'] of each token, times the
+    The error of each row of scores counts by the square root of ``diag p - p p^T``. The ridge is
+    some part of what random errors pull at the projected inputs [N, T, E'] of each token, times the
     power of inputs, of which a constant may be left out.
     """
     shares = causal_weights(target)
@@ -284,7 +284,8 @@ def _solve(
     # what the outputs of a token are pulled by, which comes times each of its inputs
     pulled = torch.einsum(pull, noise, plain).unflatten(-1, start.shape).square().sum(-1)
     pulled = (pulled / inputs.square().sum(-1, keepdim=True)).sum((0, 1)).mean()
-    strength = RIDGE * pulled * (inputs.square().mean() if power is None else power)
+    share = RIDGE * start.shape[-1] / (N * T)
+    strength = share * pulled * (inputs.square().mean() if power is None else power)
     ridge = strength.sqrt() * torch.eye(start.numel(), dtype=torch.float64)
     solution = torch.linalg.lstsq(
         torch.cat([design, ridge]),

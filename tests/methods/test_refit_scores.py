@@ -116,8 +116,9 @@ def _noise(reader: Reader, seed: int) -> Tensor:
 
 
 def _strength(pull: Tensor, inputs: Tensor) -> Tensor:
-    """1/100 of the mean of what random errors pull at the outputs [..., D] of a projection."""
-    return 0.01 * pull.square().flatten(0, -2).sum(0).mean() * inputs.square().mean()
+    """Ridge for what random errors pull at outputs [..., D]: four times the inputs of each token."""
+    share = 4 * inputs.shape[-1] / inputs[..., 0].numel()
+    return share * pull.square().flatten(0, -2).sum(0).mean() * inputs.square().mean()
 
 
 def _dense_queries(reader: Reader, key: Tensor, seed: int) -> Tensor:
