@@ -116,7 +116,7 @@ def _noise(reader: Reader, seed: int) -> Tensor:
 
 
 def _strength(pull: Tensor, inputs: Tensor) -> Tensor:
-    """Ridge for what random errors pull at outputs [..., D]: four times the inputs of each token."""
+    """The ridge for what random errors pull at the outputs [..., D] of a projection."""
     share = 4 * inputs.shape[-1] / inputs[..., 0].numel()
     return share * pull.square().flatten(0, -2).sum(0).mean() * inputs.square().mean()
 
