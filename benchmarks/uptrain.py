@@ -66,18 +66,18 @@ class Run:
 _SVD = {"merge": "svd", **_CALIBRATED}
 RUNS = (
     Run("MQA", "mean", 1e-3, {**_MQA, "merge": "mean"}),
-    Run("MQA", "calibrated", 1e-4, {**_MQA, **_SVD}),
-    Run("MQA", "calibrated, a quarter of the tokens", 1e-4, {**_MQA, **_SVD}, TOKENS // 4),
+    Run("MQA", "calibrated", 3e-4, {**_MQA, **_SVD}),
+    Run("MQA", "calibrated, a quarter of the tokens", 3e-4, {**_MQA, **_SVD}, TOKENS // 4),
     Run("MQA", "random keys and values", 1e-3, {**_MQA, "merge": "mean"}, random_kv=True),
     Run("CLA2 + GQA-4", "mean", 1e-3, {**_CLA, "merge": "mean"}),
     Run("CLA2 + GQA-4", "calibrated", 2e-4, {**_CLA, **_SVD}),
     Run("CLA2 + GQA-4", "calibrated, a quarter of the tokens", 2e-4, {**_CLA, **_SVD}, TOKENS // 4),
     Run("MLA 12.5 %", "plain", 3e-4, dict(_MLA)),
-    Run("MLA 12.5 %", "calibrated", 1e-4, {**_MLA, **_CALIBRATED}),
+    Run("MLA 12.5 %", "calibrated", 3e-4, {**_MLA, **_CALIBRATED}),
     Run(
         "MLA 12.5 %",
         "calibrated, a quarter of the tokens",
-        1e-4,
+        3e-4,
         {**_MLA, **_CALIBRATED},
         TOKENS // 4,
     ),
