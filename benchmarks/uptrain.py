@@ -77,7 +77,7 @@ RUNS = (
     Run(
         "MLA 12.5 %",
         "calibrated, a quarter of the tokens",
-        3e-4,
+        1e-4,
         {**_MLA, **_CALIBRATED},
         TOKENS // 4,
     ),
