@@ -248,19 +248,26 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     styles = {"calibrated": "-", "mean": "--", "plain": "--", "random keys and values": ":"}
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
+    order = [run.name for run in RUNS]
+    rows = sorted(rows, key=lambda row: order.index(row["name"]))
+    (source,) = [row["curve"] for row in rows if row["what"] == "source"]
     for row in rows:
         style = styles.get(row["start"], "-.")
-        points = [(point["tokens"] / 1000, point["eval_nll"]) for point in row["curve"]]
+        lost = [
+            (point["tokens"] / 1000, point["eval_nll"] - source[0]["eval_nll"])
+            for point in row["curve"]
+            if point is not source[0]
+        ]
         colour = colours.get(row["what"], "#000000")
-        axes.plot(*zip(*points, strict=True), style, color=colour, label=row["name"], marker=".")
-    lowest = min(point["eval_nll"] for row in rows for point in row["curve"])
+        axes.plot(*zip(*lost, strict=True), style, color=colour, label=row["name"], marker=".")
     axes.set(
         xlabel="thousand tokens of training",
-        ylabel="validation loss, nats per token",
-        ylim=(lowest - 0.1, lowest + 2.5),
+        ylabel="nats per token over the source as it was, validation text",
+        yscale="log",
+        ylim=(None, 12),
         title=f"{MODEL}: converted, then distilled from the source",
     )
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

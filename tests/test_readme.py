@@ -71,6 +71,20 @@ def test_quality_tables_quote_the_results(block: str, count: int) -> None:
         assert len(measured) >= 5
 
 
+def test_uptraining_table_quotes_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/uptrain.json").read_text())["rows"]
+    curves = {row["name"]: row["curve"] for row in rows}
+    cells = [line.strip("|").split("|") for line in _block("uptrain").strip().splitlines()[2:]]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+    assert len(shown) == 8
+    for name, numbers in shown.items():
+        first, last = curves[name][0], curves[name][-1]
+        assert last["tokens"] >= 300_000
+        quarter = next(point for point in curves[name] if point["tokens"] >= 75_000)
+        losses = [point["eval_nll"] for point in (first, quarter, last)]
+        assert numbers == [f"{n:.3f}" for n in (*losses, first["eval_kl"], last["eval_kl"])]
+
+
 def test_absorbed_decoding_quotes_the_results() -> None:
     runs = json.loads((ROOT / "benchmarks/results/absorbed.json").read_text())["runs"]
     (run,) = [r for r in runs if (r["cache"], r["threads"]) == ("dynamic", 1)]
