@@ -11,8 +11,8 @@ WORKERS ?= 2
 ON_OLDEST := $(addprefix tests/,\
 	$(addprefix families/test_,unpack.py ladder.py runtime.py cla.py) \
 	$(addprefix kvpatch/test_,config.py generation.py interface.py latent_models.py loading.py \
-		masks.py memory.py patch.py patching.py training.py) \
-	real test_decoder.py test_verify.py test_evaluate.py)
+		masks.py patch.py patching.py) \
+	real test_verify.py test_evaluate.py)
 
 .PHONY: browser demo test test-oldest lint docs kernels benchmark clean
 

@@ -72,7 +72,7 @@ def _check_hints(arguments: list[str], said: str) -> None:
             name = named[1] if named and named[1] in commands else name
             flags = {flag for option in commands[name].params for flag in option.opts}
             flags |= {flag for option in commands[name].params for flag in option.secondary_opts}
-            advised = set(re.findall(r"--[a-z][a-z-]*", part))
+            advised = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", part))
             assert name == "run" or advised <= flags, f"kvpatch {name} has no such flag: {hint}"
 
 

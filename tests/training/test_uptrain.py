@@ -142,7 +142,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(where: str, place: Place, tmp_pat
 
 def test_adapters_are_merged_into_ordinary_weights(place: Place, tmp_path: Path) -> None:
     start, out = place.converted("gqa"), tmp_path / "out"
-    flags = ("--lora", "2", "--groups", "attention", "--lr", "0.01", *_held(place))
+    flags = (
+        "--lora",
+        "2",
+        "--groups",
+        "attention",
+        "--lr",
+        "0.001",
+        *_held(place),
+        "--tokens",
+        "4096",
+    )
     run = place.uptrain(start, out, *flags)
     assert run.code == 0, run.err
     old, new = weights(start), weights(out)
