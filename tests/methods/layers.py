@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "causal",
     "correlated",
     "inputs_of",
+    "one_by_one",
     "partitions",
     "randn",
     "random_layer",
@@ -127,3 +128,9 @@ def partitions(members: tuple[int, ...], size: int) -> Iterator[list[tuple[int, 
         left = tuple(m for m in others if m not in mates)
         for rest in partitions(left, size):
             yield [(first, *mates), *rest]
+
+
+def one_by_one(function: Callable[[int], None], numbers: range) -> None:
+    """Work on numbers in their order, in this thread."""
+    for number in numbers:
+        function(number)
