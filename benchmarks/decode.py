@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +33,7 @@ from transformers import DynamicCache, StaticCache
 
 import kvpatch
 from benchmarks.designs import LLAMA, TINY, Design, designs
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import hand_over
 from benchmarks.timing import Machine, arguments_of
 
 _USED = 0.94  # of the memory that is free, for weights and cache; the rest is for activations
@@ -190,11 +189,7 @@ def main() -> None:
         "ceilings": asdict(ceilings),
         "runs": runs,
     }
-    if machine.is_gpu and not arguments.small:
-        path = write_result("decode", {**environment(), **result})
-        print(f"written to {path}", file=sys.stderr)
-    else:
-        json.dump(result, sys.stdout, indent=1)
+    hand_over("decode", result, keep=machine.is_gpu and not arguments.small)
 
 
 def _print(run: Mapping[str, Any]) -> None:

@@ -10,13 +10,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "environment", "filesystem", "write_result"]
+__all__ = ["RESULTS", "environment", "filesystem", "hand_over", "write_result"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,6 +57,15 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def hand_over(name: str, result: Mapping[str, Any], *, keep: bool) -> None:
+    """Write ``results/<name>.json`` with the facts of the environment, or print the result."""
+    if keep:
+        path = write_result(name, {**environment(), **result})
+        sys.stderr.write(f"written to {path}\n")
+    else:
+        json.dump(result, sys.stdout, indent=1)
 
 
 def _commit() -> dict[str, Any]:

@@ -15,7 +15,6 @@ once. ``difference`` is from the first way that ran, relative to it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import hand_over
 from benchmarks.peers import WAYS
 from benchmarks.timing import Ceilings, Machine, arguments_of, difference
 
@@ -181,11 +180,7 @@ def main() -> None:
         "ceilings": asdict(ceilings),
         "cases": cases,
     }
-    if machine.is_gpu and not arguments.small and not arguments.only:
-        path = write_result("kernels", {**environment(), **result})
-        print(f"written to {path}", file=sys.stderr)
-    else:
-        json.dump(result, sys.stdout, indent=1)
+    hand_over("kernels", result, keep=machine.is_gpu and not arguments.small and not arguments.only)
 
 
 def _print(case: Mapping[str, Any]) -> None:

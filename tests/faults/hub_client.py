@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.faults.running import Child, Run
 
-__all__ = ["TOKEN", "Client"]
+__all__ = ["TOKEN", "Client", "assert_refused"]
 
 TOKEN = "hf_" + "NeverToBeSeen" * 3
 
@@ -41,3 +41,14 @@ class Client:
     def start(self, arguments: list[str], **environment: str) -> Child:
         """A run that may be killed."""
         return Child(arguments, _without_waiting, environment=self._environment | environment)
+
+
+def assert_refused(run: Run, repository: str, message: str, hint: str) -> None:
+    """Exit code 5, nothing on stdout, one line that says what is wrong and one what to do."""
+    assert (run.code, run.out) == (5, ""), run.err
+    error, advice = run.err.splitlines()
+    assert error.startswith("error: ")
+    assert repository in error
+    assert message in error
+    assert advice.startswith("hint: ")
+    assert hint in advice

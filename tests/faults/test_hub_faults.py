@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load
 
-from tests.faults.hub_client import TOKEN, Client
+from tests.faults.hub_client import TOKEN, Client, assert_refused
 from tests.faults.hub_server import Answer, Hub, Request, serve
-from tests.faults.running import Run, cli, contents, gqa
+from tests.faults.running import cli, contents, gqa
 from tests.faults.small_llama import write_llama
 
 REPOSITORY = "someone/small-llama"
@@ -162,19 +162,8 @@ def test_refusals(
     hub.fault = fault
     source = f"{REPOSITORY}@v1"
     arguments = gqa(source, tmp_path / "out") if command == "gqa" else ["inspect", source]
-    _check_refused(client(arguments), message, hint)
+    assert_refused(client(arguments), REPOSITORY, message, hint)
     assert not (tmp_path / "out").exists()
-
-
-def _check_refused(run: Run, message: str, hint: str) -> None:
-    """Exit code 5, nothing on stdout, one line that says what is wrong and one what to do."""
-    assert (run.code, run.out) == (5, ""), run.err
-    error, advice = run.err.splitlines()
-    assert error.startswith("error: ")
-    assert REPOSITORY in error
-    assert message in error
-    assert advice.startswith("hint: ")
-    assert hint in advice
 
 
 @pytest.mark.parametrize("command", ["gqa", "inspect"])
@@ -185,7 +174,7 @@ def test_nobody_listens(tmp_path: Path, command: str) -> None:
         arguments = ["inspect", REPOSITORY]
         if command == "gqa":
             arguments = gqa(REPOSITORY, tmp_path / "out")
-        _check_refused(client(arguments), "cannot be reached", "network connection")
+        assert_refused(client(arguments), REPOSITORY, "cannot be reached", "network connection")
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +184,7 @@ def test_offline_without_the_model(client: Client, hub: Hub, tmp_path: Path, com
     if command == "gqa":
         arguments = gqa(REPOSITORY, tmp_path / "out")
     run = client(arguments, HF_HUB_OFFLINE="1")
-    _check_refused(run, "not in the local cache", "HF_HUB_OFFLINE is set")
+    assert_refused(run, REPOSITORY, "not in the local cache", "HF_HUB_OFFLINE is set")
     assert not hub.requests
 
 

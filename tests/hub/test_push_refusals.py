@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.hub_client import TOKEN, Client
+from tests.faults.hub_client import TOKEN, Client, assert_refused
 from tests.faults.hub_server import Answer, Request
-from tests.faults.running import Run, contents
+from tests.faults.running import contents
 from tests.hub.conftest import REPOSITORY
 from tests.hub.writable import WritableHub
 
@@ -23,16 +23,6 @@ def _at(part: str, status: int, code: str | None = None) -> Fault:
 
 def _hangs_up(part: str) -> Fault:
     return lambda request: Answer(0) if part in request.path else None
-
-
-def _check_refused(run: Run, message: str, hint: str) -> None:
-    assert (run.code, run.out) == (5, ""), run.err
-    error, advice = run.err.splitlines()
-    assert error.startswith("error: ")
-    assert REPOSITORY in error
-    assert message in error
-    assert advice.startswith("hint: ")
-    assert hint in advice
 
 
 @pytest.mark.parametrize(
@@ -73,19 +63,19 @@ def test_refusals(
 ) -> None:
     hub.fault = fault
     run = client(["push", str(result), REPOSITORY], HF_TOKEN=TOKEN)
-    _check_refused(run, message, hint)
+    assert_refused(run, REPOSITORY, message, hint)
     assert not hub.exists or not hub.holds("main")
 
 
 def test_without_a_token(client: Client, hub: WritableHub, result: Path) -> None:
     run = client(["push", str(result), REPOSITORY])
-    _check_refused(run, "there is no access token", "hf auth login")
+    assert_refused(run, REPOSITORY, "there is no access token", "hf auth login")
     assert not hub.exists
 
 
 def test_offline(client: Client, hub: WritableHub, result: Path) -> None:
     run = client(["push", str(result), REPOSITORY], HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
-    _check_refused(run, "cannot be reached", "HF_HUB_OFFLINE is set")
+    assert_refused(run, REPOSITORY, "cannot be reached", "HF_HUB_OFFLINE is set")
     assert not hub.requests
 
 
@@ -94,7 +84,7 @@ def test_nobody_listens(result: Path, tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         client = Client(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path / "home")
         run = client(["push", str(result), REPOSITORY], HF_TOKEN=TOKEN)
-    _check_refused(run, "cannot be reached", "network connection")
+    assert_refused(run, REPOSITORY, "cannot be reached", "network connection")
 
 
 def test_a_card_that_the_hub_refuses(client: Client, hub: WritableHub, result: Path) -> None:
