@@ -6,8 +6,8 @@ One layer is converted from end to end, each conversion in a process of its own:
 to latents of 512 with a rotary key of 64, without refits and with all of them. Stages are measured
 in seconds by the clock, in seconds of all threads, and in the most memory that the process has had
 by their end. Refits and forward passes grow with the tokens; all else depends on the widths alone.
-Weights and embeddings are random, so that no direction of the inputs stands out: a latent's
-directions take longer to find than in a trained model.
+Imports are made before. Weights and embeddings are random, so that no direction of the inputs
+stands out: a latent's directions take longer to find than in a trained model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,12 @@ def _convert(model: Path, way: str, refit: str, samples: int, context: int) -> d
     """Convert the layer and time what happens."""
     import importlib
 
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     from convert import convert, make_recipe
+
+    assert LlamaForCausalLM is not None
+    AutoTokenizer.from_pretrained(model)
 
     stages: dict[str, dict[str, float]] = {}
     for module, names in _STAGES.items():

@@ -21,7 +21,7 @@ from convert.decoder import Decoder
 from convert.execute import read_attention
 from convert.facts import read_facts, with_stored_names
 from convert.layer import AttentionLayer, LatentLayer
-from convert.methods.attention import Scoring, keys, values
+from convert.methods.attention import Scoring, keys, queries, values
 from convert.methods.fitting import head_outputs, projected, second_moments
 from convert.methods.latent import factored, latent_form
 from convert.methods.mixing import Mixed, Rows, rows_of
@@ -134,7 +134,7 @@ def _outputs(latent: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor:
     )
     layer = ready(expanded(latent), "cpu")
     shared = keys(layer, part, inputs), values(layer, part, inputs)
-    return projected(layer, head_outputs(layer, part, inputs, shared))
+    return projected(layer, head_outputs(queries(layer, part, inputs), part, shared))
 
 
 def _log_probabilities(stock: torch.nn.Module, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from convert.decoder import Decoder
 from convert.execute import read_unit
 from convert.layer import AttentionLayer, Geometry
 from convert.methods import Converted
-from convert.methods.attention import Scoring, keys, values
+from convert.methods.attention import Scoring, keys, queries, values
 from convert.methods.fitting import (
     Observed,
     Shared,
@@ -72,22 +72,21 @@ class Calibration(Converting):
                     after = self._refit_scores(place, seen, after, inputs, shared)
                 if shared is None:
                     shared = self._shared(after[0], seen[0].scoring, inputs)
+                scoring = seen[place].scoring
+                asked = queries(self.ready(after[place]), scoring, inputs)
                 if self.refit_output and not done:
                     target = self.output_target(seen[place], streams)
                     after = self._refit_outcome(
-                        place, seen, after, inputs=inputs, shared=shared, target=target
+                        place, seen, after, asked, inputs=inputs, shared=shared, target=target
                     )
                 if place == 0:
                     shared = self._shared(after[0], seen[0].scoring, inputs)
-                ready = self.ready(after[place])
-                heads = head_outputs(ready, seen[place].scoring, inputs, shared)
-                outputs = projected(ready, heads)
+                heads = head_outputs(asked, scoring, shared)
+                outputs = projected(self.ready(after[place]), heads)
                 if not done:
                     measured.append(
                         {
-                            "attention_kl": row_divergence(
-                                seen[place], ready, seen[place].scoring, inputs, shared
-                            ),
+                            "attention_kl": row_divergence(seen[place], asked, scoring, shared),
                             "output_error": relative_error(outputs, seen[place].outputs),
                         }
                     )
@@ -115,13 +114,16 @@ class Calibration(Converting):
         place: int,
         seen: Sequence[Observed],
         after: Sequence[AttentionLayer],
+        asked: Tensor,
         *,
         inputs: Tensor,
         shared: Shared,
         target: Tensor,
     ) -> list[AttentionLayer]:
         ready = [self.ready(layer) for layer in after]
-        fitted = refit_outcome(place, seen, ready, inputs=inputs, shared=shared, target=target)
+        fitted = refit_outcome(
+            place, seen, ready, asked=asked, inputs=inputs, shared=shared, target=target
+        )
         return [self.stored(new, like=old) for new, old in zip(fitted, after, strict=True)]
 
     def _shared(self, layer: AttentionLayer, scoring: Scoring, inputs: Tensor) -> Shared:

@@ -15,9 +15,9 @@ from convert.decoder import Decoder
 from convert.execute import read_unit
 from convert.facts import ModelFacts
 from convert.latent_choice import LatentChoice
-from convert.layer import LatentGeometry, LatentLayer
+from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
 from convert.methods import Converted
-from convert.methods.attention import Scoring
+from convert.methods.attention import Scoring, queries
 from convert.methods.fitting import (
     Observed,
     head_outputs,
@@ -126,19 +126,20 @@ class LatentConverting(Converting):
                     readings, source, place=place, each=side_by_side, seed=self.seed
                 )
             one = dataclasses.replace(seen[place], scoring=scorings[place])
+            ready = expanded(layers[place])
+            asked = queries(ready, one.scoring, inputs)
             if self.refit_output and not done:
                 target = self.output_target(one, streams)
-                layers[place] = self._refit_outcome(
-                    layers[place], one, inputs=inputs, source=source, target=target
+                layers[place], ready = self._refit_outcome(
+                    layers[place], ready, one, asked, inputs=inputs, source=source, target=target
                 )
-            ready = expanded(layers[place])
-            shared = shared_by(layers[place], ready, one.scoring, source)
-            outputs = projected(ready, head_outputs(ready, one.scoring, inputs, shared))
+            shared = shared_by(layers[place], one.scoring, source)
+            outputs = projected(ready, head_outputs(asked, one.scoring, shared))
             with decoder.block(number) as block:
                 streams.converted = block.run_all_with(streams.converted, outputs)
             if not done:
                 results[place] |= {
-                    "attention_kl": row_divergence(seen[place], ready, one.scoring, inputs, shared),
+                    "attention_kl": row_divergence(seen[place], asked, one.scoring, shared),
                     "output_error": relative_error(outputs, one.outputs),
                 }
         if not done:
@@ -148,24 +149,28 @@ class LatentConverting(Converting):
     def _refit_outcome(
         self,
         layer: LatentLayer,
+        ready: AttentionLayer,
         seen: Observed,
+        asked: Tensor,
         *,
         inputs: Tensor,
         source: Tensor,
         target: Tensor,
-    ) -> LatentLayer:
-        ready, basis = expanded(layer), latent_basis(layer, source)
+    ) -> tuple[LatentLayer, AttentionLayer]:
+        """The layer with new values and output, and its expanded form."""
+        basis = latent_basis(layer, source)
         (fitted,) = refit_outcome(
             0,
             [seen],
             [ready],
+            asked=asked,
             inputs=inputs,
-            shared=shared_by(layer, ready, seen.scoring, source),
+            shared=shared_by(layer, seen.scoring, source),
             target=target,
             basis=basis,
             read=source,
         )
-        return with_expanded_values(layer, fitted, basis)
+        return with_expanded_values(layer, fitted, basis), fitted
 
     def _keep(
         self, unit: tuple[int, ...], layers: Sequence[LatentLayer], results: Sequence[Any]

@@ -74,13 +74,24 @@ class Block:
     def run_all_with(self, hidden: Tensor, attention_outputs: Tensor) -> Tensor:
         """The layer's outputs if its attention gave ``attention_outputs``, all [N, T, E]."""
         after = torch.empty_like(hidden)
-        for window, (states, output) in enumerate(zip(hidden, attention_outputs, strict=True)):
-            hook = self._output.register_forward_hook(lambda *_, given=output: given[None])
-            try:
+        with self._idle_attention() as output:
+            for window, (states, given) in enumerate(zip(hidden, attention_outputs, strict=True)):
+                output.forward = lambda *_, given=given: given[None]
                 after[window] = self._forward(states)
-            finally:
-                hook.remove()
         return after
+
+    @contextmanager
+    def _idle_attention(self) -> Iterator[Any]:
+        """The output projection, to be given another ``forward``; the others do next to nothing."""
+        names = [p.name for p in self.family.projections if {"q", "k", "v"} & set(p.parts)]
+        parts: list[Any] = [self.module.get_submodule(name) for name in names]
+        for part in parts:
+            part.forward = _of_first_token(part.forward)
+        try:
+            yield self._output
+        finally:
+            for part in (*parts, self._output):
+                del part.forward
 
     def _forward(self, hidden: Tensor) -> Tensor:
         after = self.module(hidden[None], **self.options)
@@ -270,6 +281,15 @@ def _ends_early() -> Iterator[None]:
     except _HeldError:
         return
     raise AssertionError("the forward pass went to its end")
+
+
+def _of_first_token(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A projection that gives for every token [1, T, E] what the first one gives."""
+
+    def projected(inputs: Tensor) -> Tensor:
+        return forward(inputs[:, :1]).repeat(1, inputs.shape[1], 1)  # some clamp in place
+
+    return projected
 
 
 def _keep(seen: dict[str, Tensor], key: str) -> Callable[..., None]:

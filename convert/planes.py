@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from convert.layer import Rope
+from convert.methods.halves import covariance
 
 __all__ = [
     "Merged",
@@ -98,8 +99,8 @@ def merge_complex(members: Tensor, weights: Tensor, moment: Tensor | None) -> Me
         ``rows`` [P, E'] and ``maps`` [g, P] = c, with z scaled to the mean power of the members.
     """
     weights = floored(weights)
-    covariance = _covariance(_weighted(members, weights), moment)
-    values, vectors = torch.linalg.eigh(covariance)
+    read = covariance(_weighted(members, weights).transpose(0, 1), moment)
+    values, vectors = torch.linalg.eigh(read)
     # an eigenvector has a free phase: the largest entry is made real and positive
     top = vectors[..., -1]
     anchor = top.gather(1, top.abs().argmax(1, keepdim=True))
@@ -107,7 +108,7 @@ def merge_complex(members: Tensor, weights: Tensor, moment: Tensor | None) -> Me
     rows = torch.einsum("gp,gpe->pe", top.conj(), _weighted(members, weights))
     maps = top / weights.sqrt()
     size = maps.abs().square().mean(0).sqrt()
-    total = covariance.diagonal(dim1=1, dim2=2).real.sum(0)
+    total = read.diagonal(dim1=1, dim2=2).real.sum(0)
     kept = top.abs().square() @ values[:, -1]
     return Merged(rows * size[:, None], maps / size, total, total - kept)
 
@@ -132,19 +133,19 @@ def merge_real(members: Tensor, metrics: Tensor, moment: Tensor | None) -> Merge
         return Merged(members.sum(0), metrics, nothing, nothing)
     roots, inverses = _roots(metrics)
     scaled = (roots @ members).flatten(0, 1)
-    covariance = _read(scaled, moment) @ scaled.T
-    values, vectors = torch.linalg.eigh(covariance)
+    read = covariance(scaled, moment)
+    values, vectors = torch.linalg.eigh(read)
     top = vectors[:, -width:].flip(1)
     top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
     maps = inverses @ top.reshape(count, width, width)
-    total = covariance.diagonal().reshape(count, width).sum(1)
+    total = read.diagonal().reshape(count, width).sum(1)
     kept = (top.square() @ values[-width:].flip(0)).reshape(count, width).sum(1)
     return Merged(top.T @ scaled, maps, total, total - kept)
 
 
 def key_covariance(heads: Tensor, weights: Tensor, moment: Tensor | None) -> Tensor:
     """Weighted covariance [P, n, n] of n heads in each plane; see ``merge_complex``."""
-    return _covariance(_weighted(heads, floored(weights)), moment)
+    return covariance(_weighted(heads, floored(weights)).transpose(0, 1), moment)
 
 
 def real_covariance(heads: Tensor, metrics: Tensor, moment: Tensor | None) -> Tensor:
@@ -152,23 +153,12 @@ def real_covariance(heads: Tensor, metrics: Tensor, moment: Tensor | None) -> Te
     if not heads.shape[1]:
         return heads.new_zeros(len(heads), 0, len(heads), 0)
     scaled = _roots(metrics)[0] @ heads
-    return torch.einsum("nae,mbe->namb", _read(scaled, moment), scaled)
+    sizes = heads.shape[:2]
+    return covariance(scaled.flatten(0, 1), moment).view(*sizes, *sizes)
 
 
 def _weighted(heads: Tensor, weights: Tensor) -> Tensor:
     return weights.sqrt()[..., None] * heads
-
-
-def _covariance(scaled: Tensor, moment: Tensor | None) -> Tensor:
-    return torch.einsum("gpe,hpe->pgh", _read(scaled, moment), scaled.conj())
-
-
-def _read(rows: Tensor, moment: Tensor | None) -> Tensor:
-    if moment is None:
-        return rows
-    if not rows.is_complex():
-        return rows @ moment
-    return torch.complex(rows.real @ moment, rows.imag @ moment)  # half of a complex product
 
 
 def floored(weights: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from convert.decoder import Decoder
 from convert.facts import ModelFacts, read_facts, with_stored_names
 from convert.families import tensor_names, unpack
 from convert.layer import AttentionLayer
-from convert.methods.attention import keys, plane_order, values
+from convert.methods.attention import keys, plane_order, queries, values
 from convert.methods.fitting import head_outputs, projected
 from convert.streams import scoring_of
 from kvpatch.errors import InputModelError
@@ -213,7 +213,9 @@ def test_canonical_attention_is_that_of_the_stock_model(
             key, value = keys(ready, scoring, inputs), values(ready, scoring, inputs)
             _assert_same(key, truth.keys[layer][..., order])
             _assert_same(value, truth.values[layer])
-            outcome = projected(ready, head_outputs(ready, scoring, inputs, (key, value)))
+            outcome = projected(
+                ready, head_outputs(queries(ready, scoring, inputs), scoring, (key, value))
+            )
             _assert_same(outcome, truth.outputs[layer])
             restored = calibration.stored(ready, like=original)
             for field in dataclasses.fields(original):

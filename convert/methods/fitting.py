@@ -20,6 +20,7 @@ from convert.methods.attention import (
     values,
     weights,
 )
+from convert.methods.halves import gram
 from convert.methods.merge import Inputs
 from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
 from convert.methods.refit_scores import Basis, Reader, basis_of, refit_queries, refit_scores
@@ -39,6 +40,7 @@ __all__ = [
 
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
 _COMPARED_TOKENS = 512
+_EVERY = 4  # one window of so many is compared
 
 Each = Callable[[Callable[[int], None], range], object]
 Shared = tuple[Tensor, Tensor]  # rotated keys [N, Hkv, T, D] and values [N, Hkv, T, Dv]
@@ -99,7 +101,7 @@ def second_moments(inputs: Sequence[Tensor]) -> Inputs:
     for windows in zip(*inputs, strict=True):
         rows = [_augmented(window) for window in windows]
         for place, row in enumerate(rows):
-            own[place] += (row.mT @ row).cpu()
+            own[place] += gram(row).cpu()
             if place:
                 cross[place] += (row.mT @ rows[0]).cpu()
     count = inputs[0][..., 0].numel()
@@ -111,8 +113,8 @@ def token_gram(inputs: Tensor) -> Tensor:
     tokens = inputs.flatten(0, 1)
     tokens = tokens[:: -(-len(tokens) // _COMPARED_TOKENS)].double()
     tokens = tokens - tokens.mean(0)
-    gram = tokens @ tokens.mT
-    normed: Tensor = gram / gram.norm()
+    products = tokens @ tokens.mT
+    normed: Tensor = products / products.norm()
     return normed.float().cpu()
 
 
@@ -124,7 +126,7 @@ def similarity(grams: Sequence[Tensor]) -> list[list[float]]:
     Args:
         grams: ``token_gram`` of every layer, of the same tokens.
     """
-    flat = torch.stack([gram.flatten() for gram in grams]).double()
+    flat = torch.stack([one.flatten() for one in grams]).double()
     matrix: list[list[float]] = (flat @ flat.mT).clamp(0, 1).tolist()
     return matrix
 
@@ -206,6 +208,7 @@ def refit_outcome(
     observed: Sequence[Observed],
     converted: Sequence[AttentionLayer],
     *,
+    asked: Tensor,
     inputs: Tensor,
     shared: Shared,
     target: Tensor,
@@ -222,7 +225,8 @@ def refit_outcome(
         place: Which layer of the unit.
         observed: The unit's original layers.
         converted: The unit's converted layers, float32, heads in plane order.
-        inputs: [N, T, E] input of this layer's attention in the converted model.
+        asked: [N, H, T, D] rotated queries of this layer in the converted model.
+        inputs: [N, T, E] input of its attention there.
         shared: Keys and values of the producer.
         target: [N, T, E] what this layer's attention should give.
         basis: What the values are made of; None for the inputs.
@@ -232,13 +236,13 @@ def refit_outcome(
         The converted layers with their new projections.
     """
     produces = place == 0
-    places = range(len(observed)) if produces else range(place, place + 1)
     parts = []
-    for at in places:
-        layer, scoring = converted[at], observed[at].scoring
-        asked = queries(layer, scoring, inputs if at == place else observed[at].inputs)
-        wanted = target if at == place else observed[at].outputs
-        parts.append(_Outcome(layer, scoring, asked, wanted, _read(asked, scoring, shared)))
+    for at in range(place, len(observed) if produces else place + 1):
+        layer, seen, wanted = converted[at], observed[at], target
+        if at != place:
+            asked, wanted = queries(layer, seen.scoring, seen.inputs), seen.outputs
+        heads = head_outputs(asked, seen.scoring, shared)
+        parts.append(_Outcome(layer, seen.scoring, asked, wanted, heads))
     for part in parts:
         part.refit_output()
     if produces:
@@ -247,10 +251,10 @@ def refit_outcome(
         _refit_all_values(parts, shared[0], basis)
         value = values(parts[0].layer, parts[0].scoring, inputs if read is None else read)
         for part in parts:
-            part.heads = _read(part.asked, part.scoring, (shared[0], value))
+            part.heads = head_outputs(part.asked, part.scoring, (shared[0], value))
             part.refit_output()
     fitted = list(converted)
-    fitted[places.start : places.stop] = [part.layer for part in parts]
+    fitted[place : place + len(parts)] = [part.layer for part in parts]
     return fitted
 
 
@@ -329,13 +333,8 @@ def _refit_all_values(parts: Sequence[_Outcome], key: Tensor, basis: Basis) -> N
     parts[0].layer = _with_rows(producer, "v", rows)
 
 
-def head_outputs(layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared) -> Tensor:
-    """Head outputs [N, T, H, Dv] of a converted layer."""
-    return _read(queries(layer, scoring, inputs), scoring, shared)
-
-
-def _read(asked: Tensor, scoring: Scoring, shared: Shared) -> Tensor:
-    """Head outputs [N, T, H, Dv] of rotated queries, one window at a time."""
+def head_outputs(asked: Tensor, scoring: Scoring, shared: Shared) -> Tensor:
+    """Head outputs [N, T, H, Dv] for rotated queries [N, H, T, D], one window at a time."""
     return torch.cat(
         [
             attend(query[None], key[None], value[None], scoring)
@@ -351,20 +350,28 @@ def projected(layer: AttentionLayer, heads: Tensor) -> Tensor:
     return output if layer.o_bias is None else output + layer.o_bias
 
 
-def row_divergence(
-    observed: Observed, layer: AttentionLayer, scoring: Scoring, inputs: Tensor, shared: Shared
-) -> float:
-    """Mean KL divergence, in nats, of the converted attention rows from the original ones."""
+def row_divergence(observed: Observed, asked: Tensor, scoring: Scoring, shared: Shared) -> float:
+    """Mean KL divergence, in nats, of the converted attention rows from the original ones.
+
+    One window of four says as much, since rows differ more than windows do.
+
+    Args:
+        observed: The original layer.
+        asked: [N, H, T, D] rotated queries of the converted layer.
+        scoring: Of the converted layer.
+        shared: Its keys and values.
+    """
     total = 0.0
     order = observed.query_order
-    for window in range(len(inputs)):
-        part = dataclasses.replace(observed, inputs=observed.inputs[window : window + 1])
+    windows = range(0, len(asked), _EVERY)
+    for window in windows:
+        one = slice(window, window + 1)
+        part = dataclasses.replace(observed, inputs=observed.inputs[one])
         truth = weights(part.scores(order), _for_heads(observed.scoring, order))
-        query = queries(layer, scoring, inputs[window : window + 1])
-        found = weights(logits(query, shared[0][window : window + 1], scoring), scoring)
+        found = weights(logits(asked[one], shared[0][one], scoring), scoring)
         ratio = torch.where(truth > 0, truth * (truth / found.clamp(min=1e-30)).log(), 0.0)
         total += float(ratio.sum(-1).mean())
-    return max(0.0, total / len(inputs))  # rounding can give less than nothing
+    return max(0.0, total / len(windows))  # rounding can give less than nothing
 
 
 def _augmented(window: Tensor) -> Tensor:

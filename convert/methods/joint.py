@@ -21,6 +21,7 @@ from torch import Tensor
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attended import Attended
 from convert.methods.fitting import Observed
+from convert.methods.halves import covariance
 from convert.methods.latent import Factored, factored, value_gram
 from convert.methods.merge import Inputs, augmented, prediction
 from convert.methods.mixing import Mixed, Mixture, Rows, mixture, query_energy, rows_of
@@ -323,7 +324,7 @@ def reader(layer: LatentLayer) -> LatentLayer:
 
 def _energy(rows: Tensor, metric: Tensor, moment: Tensor) -> Tensor:
     """``sum_h tr(metric_h K_h moment K_h^T)`` of rows [h, D, E'] and metrics [h, D, D]."""
-    return torch.einsum("hde,hdf,hfe->", rows @ moment, metric, rows)
+    return (metric * covariance(rows, moment)).sum()
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

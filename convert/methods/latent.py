@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer
+from convert.methods.halves import gram, mirrored, times_lower
 from convert.methods.mixing import Mixed, Rows
 from convert.methods.spectral import leading, lower_root
 from convert.planes import planes_of
@@ -122,17 +123,17 @@ def factored(
         rank: R.
         centred: Leave constants out of the latent.
     """
-    whole, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
-    root = lower_root(whole - mean[:, None] * mean, _FLOOR * float(whole.norm()))
-    read_keys, read_values = keys[..., :-1] @ root, values[..., :-1] @ root
+    power, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
+    root = lower_root(power - mean[:, None] * mean, _FLOOR * float(power.norm()))
+    read_keys, read_values = times_lower(keys[..., :-1], root), times_lower(values[..., :-1], root)
     flat = read_values.flatten(0, 1)
-    gram = torch.einsum("hde,hdf,hfg->eg", read_keys, key_metric, read_keys)
-    gram = gram + flat.mT @ value_gram @ flat
-    kept, top = leading(gram, rank)
+    whole = mirrored(read_keys.flatten(0, 1), (key_metric @ read_keys).flatten(0, 1))
+    whole += mirrored(flat, value_gram @ flat)
+    kept, top = leading(whole, rank)
     v_up = read_values @ top
     latent = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
     constant = values[..., :-1] @ mean + values[..., -1] - v_up @ (latent @ mean)
-    return Factored(latent, read_keys @ top, v_up, constant, kept, float(gram.trace()))
+    return Factored(latent, read_keys @ top, v_up, constant, kept, float(whole.trace()))
 
 
 def value_gram(layer: AttentionLayer, together: Tensor) -> Tensor:
@@ -144,9 +145,10 @@ def value_gram(layer: AttentionLayer, together: Tensor) -> Tensor:
     """
     geometry = layer.geometry
     o = _wide(layer.o)
-    gram = torch.einsum("ehd,egf->hdgf", o, o) * together[:, None, :, None]
+    heads = (geometry.heads, geometry.value_dim)
+    errors = gram(o.flatten(1)).view(*heads, *heads) * together[:, None, :, None]
     members = (geometry.kv_heads, geometry.group, geometry.value_dim)
-    summed = gram.reshape(*members, *members).sum((1, 4))
+    summed = errors.reshape(*members, *members).sum((1, 4))
     width = geometry.kv_heads * geometry.value_dim
     return summed.reshape(width, width)
 

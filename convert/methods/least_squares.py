@@ -1,4 +1,4 @@
-"""Least squares over a projection, whose normal equations are known only by products with them."""
+"""Least squares over a projection: in a metric known only by products with it, or in none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["RIDGE", "gram", "solve", "total"]
+from convert.methods.halves import gram
+
+__all__ = ["RIDGE", "ridged", "solve", "total"]
 
 # of the mean diagonal of the normal matrix, for as many input dims as rows. What few rows say of
 # many dims is of those rows alone: measured, with 16 rows for each dim this saves a third of the
@@ -67,9 +69,23 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum((1, 2), keepdim=True)
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Inner products [g, D, D] of the columns of [g, n, D]."""
-    return rows.mT @ rows
+def ridged(inputs: Tensor, wanted: Tensor, strength: float) -> Tensor:
+    """What minimises ``|X w - y|^2 + r |w|^2``, [D, E].
+
+    Args:
+        inputs: [n, D] X.
+        wanted: [n, E] y.
+        strength: r, relative to the mean power of a column of X.
+    """
+    tokens, dims = inputs.shape
+    few = tokens < dims  # then X^T (X X^T + r)^-1 y is the same and takes less
+    moment = gram(inputs.mT if few else inputs).double()
+    # inputs of zeros give zeros
+    moment.diagonal().add_((strength * moment.trace() / dims).clamp(min=1e-12))
+    root = torch.linalg.cholesky(moment)
+    pulled = wanted if few else inputs.mT @ wanted
+    solved = torch.cholesky_solve(pulled.double(), root).to(wanted.dtype)
+    return inputs.mT @ solved if few else solved
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

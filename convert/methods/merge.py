@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, Geometry
+from convert.methods.halves import covariance, powers
 from convert.planes import Planes, join, merge_complex, merge_real, planes_of, split
 
 __all__ = [
@@ -142,12 +143,11 @@ def moments_of(layers: Sequence[AttentionLayer], inputs: Inputs | None = None) -
 
     def key_energy(rows: Tensor, moment: Tensor, members: slice) -> Tensor:
         turning, rest = split(rows, planes)
-        power = ((turning @ moment.to(turning.dtype)) * turning.conj()).real.sum(-1)
-        still = torch.einsum("mnk,mne,mke->m", metric[members], rest @ moment, rest)
-        return (power * energy[members]).sum(1) + still
+        still = (metric[members] * covariance(rest, moment)).sum((1, 2))
+        return (powers(turning, moment) * energy[members]).sum(1) + still
 
     def value_energy(rows: Tensor, moment: Tensor, members: slice) -> Tensor:
-        return torch.einsum("mnk,mne,mke->m", outputs[members], rows @ moment, rows)
+        return (outputs[members] * covariance(rows, moment)).sum((1, 2))
 
     key, key_missing = _predicted(layers, "k", inputs, key_energy)
     value, value_missing = _predicted(layers, "v", inputs, value_energy)
@@ -234,7 +234,7 @@ def merge_values(
     metric = torch.cat([_output_metric(layer) for layer in layers])
 
     def energy(rows: Tensor, moment: Tensor, members: slice) -> Tensor:
-        return torch.einsum("mnk,mne,mke->m", metric[members], rows @ moment, rows)
+        return (metric[members] * covariance(rows, moment)).sum((1, 2))
 
     value, missing = _predicted(layers, "v", inputs, energy)
     moment = _moment(inputs, 0)
@@ -320,12 +320,7 @@ def _query_moments(
 ) -> tuple[Tensor, Tensor]:
     """Energy [Hkv, P] and second moment [Hkv, N, N] of the queries of each KV head."""
     turning, rest = split(query, planes)
-
-    def read(rows: Tensor) -> Tensor:
-        return rows if moment is None else rows @ moment.to(rows.dtype)
-
-    energy = (read(turning) * turning.conj()).real.sum(-1)
-    metric = read(rest) @ rest.mT
+    energy, metric = powers(turning, moment), covariance(rest, moment)
     members = (geometry.kv_heads, geometry.group)
     return (
         energy.reshape(*members, -1).sum(1),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convert.layer import AttentionLayer, QkNorm
 from convert.methods.attention import plane_order, with_head_order
+from convert.methods.halves import powers
 from convert.methods.merge import augmented
 from convert.planes import floored, key_covariance
 
@@ -112,8 +113,7 @@ def _weighted(rows: Tensor, norm: QkNorm, weight: Tensor | None) -> Tensor:
 def query_energy(rows: Rows, moment: Tensor) -> Tensor:
     """[H, P] energy of the queries of each head in each plane, for inputs of a second moment."""
     pairs = rows.q[:, : 2 * rows.planes]
-    power = ((pairs @ moment) * pairs).sum(-1)
-    return power.view(len(power), rows.planes, 2).sum(-1)
+    return powers(pairs, moment).view(len(pairs), rows.planes, 2).sum(-1)
 
 
 def mixture(rows: Rows, moment: Tensor, weights: Tensor) -> Mixture:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attention import plane_order
+from convert.methods.halves import powers
 from convert.methods.latent import Factored, factored, output_bias, readers, rotary_key
 from convert.methods.merge import augmented
 from convert.methods.mixing import Mixed, Rows
@@ -40,7 +41,7 @@ def _power(rows: Tensor, norm: QkNorm, moment: Tensor) -> Tensor:
     """[n] mean square of heads [n, D, E'] that the norm divides by, zero if that is nothing."""
     if norm.formula == "layer":
         rows = rows - rows.mean(1, keepdim=True)
-    power = ((rows @ moment) * rows).sum(-1).mean(1)
+    power = powers(rows, moment).mean(1)
     power = power.mean().expand_as(power) if norm.layout == "full" else power
     return power.clamp(min=torch.finfo(torch.float32).tiny)
 

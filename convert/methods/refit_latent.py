@@ -25,13 +25,14 @@ from convert.methods.attention import (
     key_factors,
     keys,
     logits,
+    project,
     projected_queries,
     queries,
     rotate,
-    values,
 )
 from convert.methods.fitting import Each, Observed, Shared
-from convert.methods.least_squares import RIDGE, gram, solve, total
+from convert.methods.halves import gram
+from convert.methods.least_squares import RIDGE, solve, total
 from convert.methods.refit_scores import STEPS, Basis, Reader, Ruler, basis_of
 
 __all__ = [
@@ -90,20 +91,21 @@ def expanded(layer: LatentLayer) -> AttentionLayer:
     )
 
 
-def shared_by(
-    layer: LatentLayer, ready: AttentionLayer, scoring: Scoring, inputs: Tensor
-) -> Shared:
-    """Keys and values of inputs [N, T, E] with everything that scores want of them.
+def shared_by(layer: LatentLayer, scoring: Scoring, inputs: Tensor) -> Shared:
+    """Keys and values of each query head for inputs [N, T, E], with all that scores want of them.
 
     Args:
         layer: The latent layer.
-        ready: Its expanded form.
-        scoring: Of the latent layer.
+        scoring: Its scoring.
         inputs: [N, T, E].
     """
-    key, value = keys(ready, scoring, inputs), values(ready, scoring, inputs)
+    latents, turning = _latents(layer, inputs), inputs @ layer.k_rope.mT
+    if layer.k_rope_bias is not None:
+        turning = turning + layer.k_rope_bias
+    turned = rotate(turning, scoring.turn)[:, None].expand(-1, layer.geometry.heads, -1, -1)
+    key = torch.cat([turned, project(layer.k_up, None, latents)], -1)
     factors = _factors(layer, scoring, inputs)
-    return key if factors is None else key * factors, value
+    return key if factors is None else key * factors, project(layer.v_up, None, latents)
 
 
 def _factors(layer: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor | None:
@@ -116,18 +118,21 @@ def _factors(layer: LatentLayer, scoring: Scoring, inputs: Tensor) -> Tensor | N
 
 def latent_basis(layer: LatentLayer, inputs: Tensor) -> Basis:
     """The latents [N, T, R] of inputs [N, T, E], as what projections are made of."""
-    latents, rows = inputs @ layer.latent.mT, layer.latent
-    if layer.latent_bias is not None:
-        latents, rows = latents + layer.latent_bias, _with_bias(rows, layer.latent_bias)
-    return Basis(inputs, latents, rows)
+    return Basis(inputs, _latents(layer, inputs), _with_bias(layer.latent, layer.latent_bias))
+
+
+def _latents(layer: LatentLayer, inputs: Tensor) -> Tensor:
+    latents = inputs @ layer.latent.mT
+    return latents if layer.latent_bias is None else latents + layer.latent_bias
 
 
 def with_expanded_values(layer: LatentLayer, fitted: AttentionLayer, basis: Basis) -> LatentLayer:
     """The latent layer with the values and the output of its refitted expanded form."""
     assert fitted.v is not None
     assert fitted.o is not None
-    # rows of a latent differ in size by orders of magnitude
-    there = torch.linalg.pinv(basis.back.double()).to(fitted.v.dtype)
+    # rows of a latent differ in size by orders of magnitude, which this decomposition leaves alone
+    unit, root = torch.linalg.qr(basis.back.mT.double())
+    there = torch.linalg.solve_triangular(root, unit.mT, upper=True).mT.to(fitted.v.dtype)
     v_up = _with_bias(fitted.v, fitted.v_bias) @ there
     return dataclasses.replace(layer, v_up=v_up, o=fitted.o, o_bias=fitted.o_bias)
 
@@ -191,8 +196,8 @@ class _Reader:
         self.reading, self.share, self._seed = reading, share, seed
         # of the original, once for all the times that a head's scores are wanted
         original = reading.observed
-        self._asked = queries(original.layer, original.scoring, original.inputs)
-        self._read = keys(original.layer, original.scoring, original.inputs)
+        self._original_queries = queries(original.layer, original.scoring, original.inputs)
+        self._original_keys = keys(original.layer, original.scoring, original.inputs)
         self.factors = _factors(layer, reading.scoring, source)
         if layer.q_rope is None:
             basis = basis_of(reading.inputs, bias=layer.q_bias is not None)
@@ -204,6 +209,8 @@ class _Reader:
             plain, self.rows = dataclasses.replace(ready, q_map=None), ready.q_map
             normed = projected_queries(plain, reading.scoring, reading.inputs)
             self.bases = [basis_of(heads, bias=False) for heads in normed.unbind(1)]
+        pairs = zip(self.rows, self.bases, strict=True)
+        self.asked = torch.stack([basis.inputs.flatten(0, 1) @ row.mT for row, basis in pairs])
         self.k_up = layer.k_up.clone()
 
     def scaled(self, key: Tensor, head: int, window: int | slice = slice(None)) -> Tensor:
@@ -212,16 +219,24 @@ class _Reader:
 
     def rotary_queries(self, width: int) -> Tensor:
         """Rotated queries [N, H, T, Dr] with their scale."""
-        pairs = zip(self.rows, self.bases, strict=True)
-        asked = torch.stack([basis.inputs @ row[:width].mT for row, basis in pairs], 1)
-        return rotate(asked, self.reading.scoring.turn) * self.reading.scoring.scale
+        turn = self.reading.scoring.turn
+        asked = self.asked[..., :width].reshape(len(self.asked), -1, len(turn), width)
+        return rotate(asked.transpose(0, 1), turn) * self.reading.scoring.scale
 
     def ruler(self, head: int) -> Ruler:
         """The metric of the scores of a head."""
-        reading, rows = self.reading, self.rows[head : head + 1]
-        read = self._read[:, head // (self._asked.shape[1] // self._read.shape[1]), None]
-        target = logits(self._asked[:, head, None], read, reading.observed.scoring)
-        reader = Reader(self.bases[head], rows, target, reading.scoring, self.share)
+        reading, own = self.reading, slice(head, head + 1)
+        group = reading.observed.layer.geometry.group
+        asked, read = self._original_queries[:, head, None], self._original_keys[:, head // group]
+        target = logits(asked, read[:, None], reading.observed.scoring)
+        reader = Reader(
+            self.bases[head],
+            self.rows[own],
+            target,
+            reading.scoring,
+            self.share,
+            self.asked[own],
+        )
         return Ruler(reader, self._seed + head)
 
     def layer(self, k_rope: Tensor, k_bias: Tensor | None) -> LatentLayer:
@@ -287,7 +302,10 @@ class _Fit:
         def refit(reader: _Reader, head: int) -> None:
             ruler = reader.ruler(head)
             ruler.map_queries(self._key(reader, head, turned))
-            reader.rows[head] = ruler.reader.rows[0]
+            reader.rows[head], reader.asked[head] = (
+                ruler.reader.rows[0],
+                ruler.reader.projected()[0],
+            )
 
         self._each_head(refit, self._readers)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convert.methods.least_squares import RIDGE, solve, total
+from convert.methods.least_squares import RIDGE, ridged, solve, total
 
 __all__ = ["ValueReader", "refit_output", "refit_values"]
 
@@ -98,21 +98,10 @@ def refit_output(
     Returns:
         The projection and its bias, in their dtypes.
     """
-    before = output.flatten(1)
+    rows, before = heads.flatten(2), output.flatten(1)
     if bias is not None:
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
         before = torch.cat([before, bias[:, None].to(before.dtype)], 1)
-    before = before.double().mT
-    gram = before.new_zeros(len(before), len(before))
-    pull = torch.zeros_like(before)
-    for rows, wanted in zip(heads.flatten(2), target, strict=True):
-        if bias is not None:
-            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)  # noqa: PLW2901
-        gram += rows.mT @ rows
-        pull += rows.mT @ wanted
-    # heads that give nothing at all leave the projection as it was
-    strength = (_OUTPUT_RIDGE * gram.diagonal().mean()).clamp(min=1e-12)
-    gram.diagonal().add_(strength)
-    fitted = torch.linalg.solve(gram, pull + strength * before).mT
-    width = output[0].numel()
-    rows = fitted[:, :width].reshape(output.shape).to(output.dtype)
-    return rows, None if bias is None else fitted[:, width].to(bias.dtype)
+    rows, lacking = rows.flatten(0, 1), (target - rows @ before.mT).flatten(0, 1)
+    fitted, width = before + ridged(rows, lacking, _OUTPUT_RIDGE).mT, output[0].numel()
+    return fitted[:, :width].reshape(output.shape), None if bias is None else fitted[:, width]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from convert.methods.attention import Scoring, rotate, weights
-from convert.methods.least_squares import RIDGE, gram, solve, total
+from convert.methods.halves import gram
+from convert.methods.least_squares import RIDGE, solve, total
 from convert.methods.spectral import lower_root
 
 __all__ = [
@@ -62,10 +63,11 @@ class Reader:
 
     Args:
         basis: The inputs of their projection.
-        rows: [g, D, E'] the projection with its bias; refitted in place.
+        rows: [g, D, E'] the projection with its bias; it is replaced as it is refitted.
         target: [N, g, T, T] scores of the original layer, before cap, offset and mask.
         scoring: How scores become weights.
         share: How much its errors count beside those of other readers.
+        asked: [g, N * T, D] queries before rotation, which ``rows`` give; None to compute them.
     """
 
     basis: Basis
@@ -73,19 +75,33 @@ class Reader:
     target: Tensor
     scoring: Scoring
     share: float = 1.0
+    asked: Tensor | None = None
+
+    def projected(self) -> Tensor:
+        """[g, N * T, D] queries before rotation."""
+        if self.asked is None:
+            self.asked = self.basis.inputs.flatten(0, 1) @ self.rows.mT
+        return self.asked
 
 
 def basis_of(inputs: Tensor, *, bias: bool) -> Basis:
-    """White coordinates of inputs [N, T, E], all but for a floor; with ``bias``, of [x; 1]."""
+    """White coordinates of inputs [N, T, E], all but for a floor; with ``bias``, of [x; 1].
+
+    Fewer tokens than dims have as many coordinates as there are tokens.
+    """
     if bias:
         inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
     rows = inputs.flatten(0, -2)
-    moment = (rows.mT @ rows).double() / len(rows)
+    tokens, dims = rows.shape
+    moment = gram(rows if tokens >= dims else rows.mT).double() / tokens
     # what is always zero stays zero
     floor = max(_FLOOR * float(moment.norm()), torch.finfo(torch.float32).tiny)
     root = lower_root(moment, floor)
-    unit = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    back = torch.linalg.solve_triangular(root, unit, upper=False).to(inputs.dtype)
+    if tokens >= dims:
+        unit = torch.eye(dims, dtype=root.dtype, device=root.device)
+        back = torch.linalg.solve_triangular(root, unit, upper=False).to(inputs.dtype)
+    else:
+        back = torch.cholesky_inverse(root).to(inputs.dtype) @ rows / math.sqrt(tokens)
     return Basis(inputs, inputs @ back.mT, back)
 
 
@@ -162,14 +178,15 @@ class Ruler:
 
     def queries(self, window: int) -> Tensor:
         """Rotated queries [g, T, D], scaled."""
-        asked = self.reader.basis.inputs[window] @ self.reader.rows.mT
-        return rotate(asked, self.reader.scoring.turn) * self.reader.scoring.scale
+        turn = self.reader.scoring.turn
+        asked = self.reader.projected()[:, window * len(turn) : (window + 1) * len(turn)]
+        return rotate(asked, turn) * self.reader.scoring.scale
 
     def fit_queries(self, key: Tensor) -> None:
         """Refit ``rows`` for rotated keys [N, T, D]."""
-        basis, rows = self.reader.basis, self.reader.rows
-        asked = basis.inputs.flatten(0, 1) @ rows.mT
-        self.reader.rows = rows + self._change(_flat(basis), asked, key) @ basis.back
+        basis = self.reader.basis
+        self.reader.rows = self.reader.rows + self._change(_flat(basis), key) @ basis.back
+        self.reader.asked = None
 
     def map_queries(self, key: Tensor) -> None:
         """Refit a map [D, D] of what ``rows`` give, for rotated keys [N, T, D].
@@ -177,14 +194,15 @@ class Ruler:
         That is most of what keys want of queries before they are refitted themselves, and takes
         less work than new ``rows``, D / E' of it.
         """
-        rows = self.reader.rows
-        asked = self.reader.basis.inputs.flatten(0, 1) @ rows.mT
+        rows, asked = self.reader.rows, self.reader.projected()
         bases = [basis_of(head, bias=False) for head in asked]
-        change = self._change(torch.stack([basis.white for basis in bases]), asked, key)
-        self.reader.rows = rows + change @ torch.stack([basis.back for basis in bases]) @ rows
+        change = self._change(torch.stack([basis.white for basis in bases]), key)
+        change = change @ torch.stack([basis.back for basis in bases])
+        self.reader.rows, self.reader.asked = rows + change @ rows, asked + asked @ change.mT
 
-    def _change(self, inputs: Tensor, asked: Tensor, key: Tensor) -> Tensor:
-        """What to add to the projections of inputs [1 or g, n, E'] that gave queries [g, n, D]."""
+    def _change(self, inputs: Tensor, key: Tensor) -> Tensor:
+        """What to add to the projections of inputs [1 or g, n, E'], to queries as they are."""
+        asked = self.reader.projected()
         scale, turn = self.reader.scoring.scale, self.reader.scoring.turn
         windows = range(len(key))
 

@@ -16,7 +16,10 @@ __all__ = ["leading", "lower_root"]
 
 _SMALL = 1024  # width up to which the whole matrix is decomposed
 _BLOCK = 64  # directions by which a basis grows; with fewer, more of its products are small
-_ENOUGH = 1e-11  # of the whole energy: a basis that gains less than that is large enough
+_NEW = 8  # directions with which it begins anew whenever it was not large enough
+# a basis that gains less than that is large enough: of the whole energy, or, because no more can
+# matter, of what the leading directions leave out
+_ENOUGH, _SMALL_CHANGE = 1e-11, 1 / 300
 _LARGEST = 5 / 8  # of the space: a larger basis takes as long as the whole
 
 
@@ -51,11 +54,12 @@ def leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     size = len(gram)
     widths = range(max(2 * count, 4 * _BLOCK), int(_LARGEST * size), max(count // 2, 2 * _BLOCK))
     if size > _SMALL and widths:
-        basis, kept = _Basis(gram, widths[-1] + _BLOCK), -math.inf
+        basis, kept = _Basis(gram, widths), -math.inf
         for width in widths:
             basis.grow(width)
             before, kept = kept, float(torch.linalg.eigvalsh(basis.projected)[-count:].sum())
-            if kept - before <= _ENOUGH * float(gram.trace()):
+            whole = float(gram.trace())
+            if kept - before <= max(_ENOUGH * whole, _SMALL_CHANGE * (whole - kept)):
                 values, vectors = _largest(basis.projected, count)
                 return values, basis.vectors @ vectors
     return _largest(gram, count)
@@ -69,12 +73,13 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class _Basis:
     """An orthonormal basis of block Krylov spaces of a matrix [n, n], and the matrix on it."""
 
-    def __init__(self, gram: Tensor, room: int) -> None:
+    def __init__(self, gram: Tensor, widths: range) -> None:
         self._gram, self._width = gram, 0
+        room = widths[-1] + _BLOCK + len(widths) * _NEW
         self._vectors = gram.new_empty(len(gram), room)
         self._projected = gram.new_empty(room, room)
-        generator = torch.Generator().manual_seed(0)
-        self._image = torch.randn(len(gram), _BLOCK, generator=generator, dtype=gram.dtype)
+        self._generator = torch.Generator().manual_seed(0)
+        self._image = self._random(_BLOCK)
 
     @property
     def vectors(self) -> Tensor:
@@ -87,15 +92,23 @@ class _Basis:
         return self._projected[: self._width, : self._width]
 
     def grow(self, width: int) -> None:
-        """Add blocks until there are ``width`` vectors, or up to a block more."""
+        """Add blocks until there are ``width`` vectors, or up to a block more.
+
+        Of an eigenvalue no more copies are found than vectors were begun with, so new ones begin.
+        """
+        self._image = torch.cat([self._image, self._random(_NEW)], 1)
         while self._width < width:
             block = self._image
             for _ in range(2):  # once leaves what rounding makes of nearly dependent vectors
                 block = torch.linalg.qr(block - self.vectors @ (self.vectors.mT @ block)).Q
-            new = slice(self._width, self._width + _BLOCK)
+            new = slice(self._width, self._width + block.shape[1])
             self._vectors[:, new] = block
-            self._width += _BLOCK
+            self._width = new.stop
             self._image = self._gram @ block
             column = self.vectors.mT @ self._image
             self.projected[:, new] = column
             self.projected[new] = column.mT
+
+    def _random(self, count: int) -> Tensor:
+        size, kind = len(self._gram), self._gram.dtype
+        return torch.randn(size, count, generator=self._generator, dtype=kind)

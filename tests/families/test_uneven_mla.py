@@ -26,7 +26,7 @@ from convert.verify import cache_bytes, verify_checkpoint
 from tests.families.stock import full_logits, load, make, random_ids
 from tests.families.texts import random_text, token_ids, write_tokenizer
 from tests.families.tiny import settings
-from tests.helpers import assert_close
+from tests.helpers import assert_close, assert_equal
 
 _LAYERS, _SAMPLES, _CONTEXT, _TEXT = 4, 8, 32, 1200
 _NOTHING = 1e-9  # what is left of outputs that are not to change anything
@@ -317,6 +317,26 @@ def test_an_uneven_split_is_predicted_to_lose_no_more(
     }
     assert lost[True] <= lost[False] * (1 + 1e-9)
     assert found[True] != found[False]
+
+
+def test_every_fourth_window_is_looked_at(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = source("llama"), _windows()
+    options: dict[str, Any] = {
+        "sources": list(range(_LAYERS)),
+        "device": "cpu",
+        "pairs": [2],
+        "rank": 12,
+        "selection": "greedy",
+        "progress": lambda _: None,
+    }
+    with Checkpoint(model) as checkpoint:
+        found = survey(checkpoint, _facts(model), tokens=windows, **options)
+        monkeypatch.setattr("convert.survey._EVERY", 1)
+        expected = survey(checkpoint, _facts(model), tokens=windows[::4], **options)
+    for look, same in zip(found, expected, strict=True):
+        assert_equal(look.attended.energy, same.attended.energy)
+        assert_equal(look.mixture.inverse, same.mixture.inverse)
+        assert look.prospect.lost(2, 12) == same.prospect.lost(2, 12)
 
 
 def _windows() -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
+from convert.methods.attention import queries
 from convert.methods.fitting import head_outputs, projected
 from convert.methods.latent import still_keys, value_gram
 from convert.methods.mixing import Mixed, Rows, mixture, rows_of
@@ -114,8 +115,8 @@ def test_the_expanded_form_computes_the_same(shape: Shape, norm: QkNorm) -> None
     scoring = dataclasses.replace(scoring, turn=scoring.turn[:, list(layer.planes)])
     ready, inputs = expanded(layer), case.inputs[None]
     expected = latent_outcome(layer, case.inputs, frequencies(shape.rope_dim // 2), norm)
-    shared = shared_by(layer, ready, scoring, inputs)
-    found = projected(ready, head_outputs(ready, scoring, inputs, shared))[0]
+    shared = shared_by(layer, scoring, inputs)
+    found = projected(ready, head_outputs(queries(ready, scoring, inputs), scoring, shared))[0]
     assert_close(found, expected, atol=1e-10)
     back = with_expanded_values(layer, ready, latent_basis(layer, inputs))
     assert_close(back.v_up, layer.v_up, atol=1e-8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods import refit_latent as module
 from convert.methods import refit_scores as scores_module
-from convert.methods.attention import keys, values
+from convert.methods.attention import keys, queries, values
 from convert.methods.fitting import refit_outcome
 from convert.methods.latent import with_idle_pairs
 from convert.methods.refit_latent import (
@@ -159,6 +159,7 @@ def _with_outcome(case: Case) -> tuple[LatentLayer, AttentionLayer]:
         0,
         [dataclasses.replace(case.observed, scoring=scoring)],
         [whole],
+        asked=queries(whole, scoring, case.inputs),
         inputs=case.inputs,
         shared=(keys(whole, scoring, case.inputs), values(whole, scoring, case.inputs)),
         target=case.observed.outputs,

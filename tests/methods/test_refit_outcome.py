@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from convert.methods import refit_outcome as module
-from convert.methods.least_squares import gram, solve, total
+from convert.methods.halves import gram
+from convert.methods.least_squares import solve, total
 from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
 from tests.helpers import assert_close
 from tests.methods.layers import augmented, causal, randn
@@ -90,9 +91,10 @@ def test_values_that_lack_nothing_stay() -> None:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_output_is_the_ridge_solution(bias: bool, dtype: torch.dtype) -> None:
-    heads, target = randn(N, T, HEADS, WIDTH, seed=1).to(dtype), randn(N, T, E, seed=2).to(dtype)
-    output = randn(E, HEADS, WIDTH, seed=3).to(dtype)
+@pytest.mark.parametrize("width", [WIDTH, 20], ids=["many tokens", "fewer tokens than dims"])
+def test_output_is_the_ridge_solution(width: int, bias: bool, dtype: torch.dtype) -> None:
+    heads, target = randn(N, T, HEADS, width, seed=1).to(dtype), randn(N, T, E, seed=2).to(dtype)
+    output = randn(E, HEADS, width, seed=3).to(dtype)
     given = randn(E, seed=4).to(dtype) if bias else None
     found, found_bias = refit_output(heads, target, output, given)
     design, start = heads.double().reshape(N * T, -1), output.double().reshape(E, -1)
@@ -102,7 +104,7 @@ def test_output_is_the_ridge_solution(bias: bool, dtype: torch.dtype) -> None:
     strength = 1e-3 * float(design.square().sum()) / design.shape[1]
     expected = _ridged(design, target.double().flatten(0, 1), start.T, strength).T
     atol = 1e-10 if dtype == torch.float64 else 1e-6  # of numbers of order one
-    width = HEADS * WIDTH
+    width *= HEADS
     assert_close(found, expected[:, :width].reshape(output.shape).to(dtype), atol=atol)
     if found_bias is None:
         assert not bias

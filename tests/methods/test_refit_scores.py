@@ -260,6 +260,43 @@ def test_basis_makes_inputs_white_and_leads_back(bias: bool) -> None:
     assert_close(basis.white @ rows.T, given @ (rows @ basis.back).T, atol=1e-10)
 
 
+@biases
+def test_fewer_tokens_than_dims_have_as_many_coordinates(bias: bool) -> None:
+    inputs = randn(N, 2, 20, seed=1) * torch.logspace(-1, 1, 20)
+    basis = basis_of(inputs, bias=bias)
+    given = augmented(inputs) if bias else inputs
+    assert_close(basis.inputs, given, atol=0)
+    flat, rows = given.flatten(0, 1), randn(3, 2 * N, seed=2)
+    assert basis.white.shape == (N, 2, 2 * N)
+    assert_close(basis.white @ rows.T, given @ (rows @ basis.back).T, atol=1e-10)
+    # the regression of tokens on themselves, from the moment of the dims: one but for the floor
+    moment = flat.T @ flat
+    floor = 1e-6 * moment.square().sum().sqrt() * torch.eye(len(moment), dtype=torch.float64)
+    told = flat @ torch.linalg.solve(moment + floor, flat.T)
+    white = basis.white.flatten(0, 1)
+    assert_close(white @ white.T / (2 * N), told @ told, atol=1e-10)
+
+
+def test_refits_to_few_tokens_stay_in_what_they_span() -> None:
+    """As if inputs had been given as coordinates in an orthonormal basis of all tokens."""
+    inputs, start, target = (
+        randn(N, 2, 20, seed=1),
+        randn(2, D, 20, seed=2),
+        randn(N, 2, 2, 2, seed=3),
+    )
+    key, scoring = randn(N, 2, D, seed=4), causal(2, 3)
+    span = torch.linalg.qr(inputs.flatten(0, 1).T).Q
+    few, whole = (
+        Reader(basis_of(given, bias=False), rows, target, scoring)
+        for given, rows in ((inputs, start), (inputs @ span, start @ span))
+    )
+    for reader in (few, whole):
+        refit_queries([reader], key, seed=5)
+    expected = start + (whole.rows - start @ span) @ span.T
+    assert_close(few.rows, expected, atol=1e-4)
+    assert float((few.rows - start).abs().max()) > 0.1
+
+
 def test_directions_that_do_not_occur_are_left_alone() -> None:
     """A dim that is always zero has no say: what the projection made of it stays."""
     inputs = randn(N, T, E, seed=1)

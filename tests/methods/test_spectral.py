@@ -40,10 +40,12 @@ def test_leading_energy_is_that_of_the_whole_spectrum(name: str) -> None:
     values, vectors = leading(gram, count)
     whole = float(spectrum.sum())
     best = spectrum.sort(descending=True).values[:count]
+    # what is left out may be a three-hundredth more than need be
+    atol = max(1e-9 * whole, (whole - float(best.sum())) / 300)
     # of the values as they are returned, and of the subspace as it is
-    assert_close(values.sum(), best.sum(), atol=1e-9 * whole)
-    assert_close((vectors.T @ gram @ vectors).trace(), best.sum(), atol=1e-9 * whole)
-    assert_close(values, best, atol=1e-6 * float(best[0]))
+    assert_close(values.sum(), best.sum(), atol=atol)
+    assert_close((vectors.T @ gram @ vectors).trace(), values.sum(), atol=1e-9 * whole)
+    assert_close(values, best, atol=max(1e-6 * float(best[0]), atol))
     if whole:
         eye = torch.eye(count, dtype=torch.float64)
         assert_close(vectors.T @ vectors, eye, atol=1e-12)
