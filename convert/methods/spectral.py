@@ -17,9 +17,9 @@ __all__ = ["leading", "lower_root"]
 _SMALL = 1024  # width up to which the whole matrix is decomposed
 _BLOCK = 64  # directions by which a basis grows; with fewer, more of its products are small
 _NEW = 8  # directions with which it begins anew whenever it was not large enough
-# a basis that gains less than that is large enough: of the whole energy, or, because no more can
-# matter, of what the leading directions leave out
-_ENOUGH, _SMALL_CHANGE = 1e-11, 1 / 300
+# a basis is large enough if it gains less than this: of the whole energy, so that little rank is
+# found exactly, or of what the leading directions leave out anyway
+_ENOUGH, _NEXT_TO_NOTHING = 1e-11, 1 / 300
 _LARGEST = 5 / 8  # of the space: a larger basis takes as long as the whole
 
 
@@ -40,7 +40,7 @@ def leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a matrix and their vectors.
 
     By block Lanczos with full reorthogonalisation (Golub and Underwood, 1977): a basis grows until
-    it gains no more of the leading energy, and the pairs are those of the matrix on that basis.
+    it gains next to nothing of the leading energy, and the pairs are those of the matrix on it.
     Where eigenvalues differ little, which eigenvectors they are is open to any method; the energy
     that they keep is not.
 
@@ -59,7 +59,7 @@ def leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
             basis.grow(width)
             before, kept = kept, float(torch.linalg.eigvalsh(basis.projected)[-count:].sum())
             whole = float(gram.trace())
-            if kept - before <= max(_ENOUGH * whole, _SMALL_CHANGE * (whole - kept)):
+            if kept - before <= max(_ENOUGH * whole, _NEXT_TO_NOTHING * (whole - kept)):
                 values, vectors = _largest(basis.projected, count)
                 return values, basis.vectors @ vectors
     return _largest(gram, count)
