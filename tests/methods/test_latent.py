@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.latent import (
     Factored,
     embedded,
@@ -98,6 +98,14 @@ def _factored(case: Case, keys: Tensor, rank: int, *, centred: bool = True) -> F
     )
 
 
+def _latent(
+    case: Case, kept: Tensor, rank: int, *, factor: float = 1.0, centred: bool = True
+) -> LatentLayer:
+    keys = still_keys(case.rows, case.mixed, case.turn, kept, factor)
+    factors = _factored(case, keys, rank, centred=centred)
+    return latent_form(case.layer, case.rows, case.mixed, kept=kept, factored=factors, scale=SCALE)
+
+
 def _kept(case: Case, choice: str) -> Tensor:
     """[P, n]: all components, some, or none."""
     shape = case.mixed.energy.shape
@@ -149,15 +157,7 @@ def test_embedding_is_the_same_function(shape: Shape) -> None:
 def test_with_all_that_turns_and_full_rank_nothing_is_lost(shape: Shape, centred: bool) -> None:
     case = _case(shape)
     kept = _kept(case, "all")
-    keys = still_keys(case.rows, case.mixed, case.turn, kept, 1.0)
-    found = latent_form(
-        case.layer,
-        case.rows,
-        case.mixed,
-        kept=kept,
-        factored=_factored(case, keys, shape.hidden, centred=centred),
-        scale=SCALE,
-    )
+    found = _latent(case, kept, shape.hidden, centred=centred)
     speeds = frequencies(case.rows.planes)
     expected = original_outcome(case.layer, case.inputs, speeds, SCALE)
     atol = 1e-10 * float(expected.abs().max())
@@ -174,15 +174,7 @@ def test_the_output_has_a_bias_only_if_something_is_in_it(
     """Files that servers load have no place for one, and a bias of zeros would be refitted."""
     case = _case(Shape(kv_heads=2, group=2, biases=biases))
     kept = _kept(case, "some")
-    keys = still_keys(case.rows, case.mixed, case.turn, kept, 1.0)
-    found = latent_form(
-        case.layer,
-        case.rows,
-        case.mixed,
-        kept=kept,
-        factored=_factored(case, keys, 4, centred=centred),
-        scale=SCALE,
-    )
+    found = _latent(case, kept, 4, centred=centred)
     assert (found.o_bias is None) == (not centred and not {"v", "o"} & set(biases))
 
 
@@ -191,21 +183,13 @@ def test_any_invertible_mixing_of_the_heads_will_do(shape: Shape) -> None:
     case, count = _case(shape), shape.kv_heads
     real, imaginary = randn(2, case.rows.planes, count, count, seed=9)
     mixing = torch.complex(real, imaginary)
-    other = Mixed(
+    mixed = Mixed(
         rows=torch.einsum("pjg,gpe->pje", mixing, case.rows.turning_k),
         maps=torch.linalg.inv(mixing).transpose(0, 1),
         energy=case.mixed.energy,
     )
     kept = _kept(case, "all")
-    keys = still_keys(case.rows, other, case.turn, kept, 1.0)
-    found = latent_form(
-        case.layer,
-        case.rows,
-        other,
-        kept=kept,
-        factored=_factored(case, keys, shape.hidden),
-        scale=SCALE,
-    )
+    found = _latent(dataclasses.replace(case, mixed=mixed), kept, shape.hidden)
     speeds = frequencies(case.rows.planes)
     expected = original_outcome(case.layer, case.inputs, speeds, SCALE)
     atol = 1e-9 * float(expected.abs().max())
@@ -222,15 +206,7 @@ def test_after_a_cut_constants_take_the_place_of_the_turn(
     """Constants of keys shift all scores of a query alike, so attention is compared."""
     case = _case(shape)
     kept = _kept(case, choice)
-    keys = still_keys(case.rows, case.mixed, case.turn, kept, factor)
-    found = latent_form(
-        case.layer,
-        case.rows,
-        case.mixed,
-        kept=kept,
-        factored=_factored(case, keys, shape.hidden, centred=centred),
-        scale=SCALE,
-    )
+    found = _latent(case, kept, shape.hidden, factor=factor, centred=centred)
     speeds = frequencies(case.rows.planes)
     # the factor of the rotation is no part of the rotary key: who runs it puts it on its tables
     rooted = dataclasses.replace(found, k_rope=factor * found.k_rope)
@@ -283,16 +259,7 @@ def test_keys_without_turn_are_those_of_the_layer_for_constants_of_one(shape: Sh
 @pytest.mark.parametrize("biases", [(), ("q",), ("k",), ALL])
 def test_idle_pairs_change_nothing(biases: tuple[str, ...]) -> None:
     case = _case(Shape(kv_heads=2, group=2, rope_dim=0, biases=biases))
-    kept = _kept(case, "all")
-    keys = still_keys(case.rows, case.mixed, case.turn, kept, 1.0)
-    still = latent_form(
-        case.layer,
-        case.rows,
-        case.mixed,
-        kept=kept,
-        factored=_factored(case, keys, 4),
-        scale=SCALE,
-    )
+    still = _latent(case, _kept(case, "all"), 4)
     speeds, planes = frequencies(3), (2, 0, 2)
     for layer in (still, embedded(case.layer, SCALE)):
         found = with_idle_pairs(layer, planes)
