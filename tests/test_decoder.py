@@ -188,6 +188,7 @@ def test_layers_one_by_one_are_the_stock_model(name: str, source: Callable[[str]
                 after, inputs, outputs = block.run_all(hidden)
                 assert_equal(block.attention_inputs(hidden), inputs)
                 assert_equal(block.run_all_with(hidden, outputs), after)
+                assert not [part for part in block.module.modules() if "forward" in vars(part)]
             assert all(weight.is_meta for weight in block.module.parameters())
             _assert_same(inputs, truth.inputs[layer])
             _assert_same(outputs, truth.outputs[layer])

@@ -146,7 +146,8 @@ def presumed(
     outputs = torch.einsum(
         "ehd,hdf->ehf", layer.o.double(), rows.v.repeat_interleave(layer.geometry.group, 0)
     )
-    balance = keys / outputs.square().sum()
+    power = outputs.square().sum()
+    balance = keys / power if power > 0 else power  # without an outcome no values matter
     heads = layer.geometry.heads
     return Attended(
         maps * (weights * factors[:, None])[..., None],

@@ -238,11 +238,12 @@ def refit_outcome(
     produces = place == 0
     parts = []
     for at in range(place, len(observed) if produces else place + 1):
-        layer, seen, wanted = converted[at], observed[at], target
+        layer, seen = converted[at], observed[at]
+        own, wanted = (asked, target)
         if at != place:
-            asked, wanted = queries(layer, seen.scoring, seen.inputs), seen.outputs
-        heads = head_outputs(asked, seen.scoring, shared)
-        parts.append(_Outcome(layer, seen.scoring, asked, wanted, heads))
+            own, wanted = queries(layer, seen.scoring, seen.inputs), seen.outputs
+        heads = head_outputs(own, seen.scoring, shared)
+        parts.append(_Outcome(layer, seen.scoring, own, wanted, heads))
     for part in parts:
         part.refit_output()
     if produces:

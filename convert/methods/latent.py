@@ -124,7 +124,9 @@ def factored(
         centred: Leave constants out of the latent.
     """
     power, mean = moment[:-1, :-1], moment[:-1, -1] if centred else 0 * moment[:-1, -1]
-    root = lower_root(power - mean[:, None] * mean, _FLOOR * float(power.norm()))
+    # inputs that are always zero have no variance: then any will do
+    floor = _FLOOR * float(power.norm()) or 1.0
+    root = lower_root(power - mean[:, None] * mean, floor)
     read_keys, read_values = times_lower(keys[..., :-1], root), times_lower(values[..., :-1], root)
     flat = read_values.flatten(0, 1)
     whole = mirrored(read_keys.flatten(0, 1), (key_metric @ read_keys).flatten(0, 1))

@@ -81,9 +81,10 @@ def ridged(inputs: Tensor, wanted: Tensor, strength: float) -> Tensor:
     few = tokens < dims  # then X^T (X X^T + r)^-1 y is the same and takes less
     moment = gram(inputs.mT if few else inputs).double()
     # inputs of zeros give zeros
-    moment.diagonal().add_((strength * moment.trace() / dims).clamp(min=1e-12))
+    least = torch.finfo(torch.float32).tiny
+    moment.diagonal().add_((strength * moment.trace() / dims).clamp(min=least))
     pulled = wanted if few else inputs.mT @ wanted
-    solved = torch.linalg.solve(moment, pulled.double()).to(wanted.dtype)
+    solved: Tensor = torch.linalg.solve(moment, pulled.double()).to(wanted.dtype)
     return inputs.mT @ solved if few else solved
 
 

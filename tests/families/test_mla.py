@@ -137,6 +137,25 @@ def test_nothing_is_lost_of_grouped_heads_by_calibration(
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "text"])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm"])
+def test_nothing_is_lost_beside_a_layer_that_does_nothing(
+    source: Source, tmp_path: Path, text: Path, part: str, calibrated: bool
+) -> None:
+    """Pruned models have such layers, and those that were made deeper and begin as they were."""
+    model = load(source("llama"))
+    for name, weight in model.model.layers[1].named_parameters():
+        if name.endswith(f"{part}.weight"):
+            weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    whole = _whole(tmp_path / "model")
+    result = _mla(
+        tmp_path / "model", tmp_path / "out", text=text if calibrated else None, wide=True, **whole
+    )
+    _assert_same(tmp_path / "model", result)
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "text"])
 @pytest.mark.parametrize("name", _NATIVE)
 def test_deepseeks_class_computes_the_source(
     source: Source, tmp_path: Path, text: Path, name: str, calibrated: bool

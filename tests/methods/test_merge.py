@@ -17,7 +17,7 @@ from torch import Tensor
 from convert.layer import AttentionLayer
 from convert.methods import merge
 from convert.methods.group import adjacent
-from convert.methods.merge import Inputs, merge_heads, merge_values
+from convert.methods.merge import Inputs, merge_heads, merge_values, moments_of
 from convert.methods.pool import MERGES, Merge, pool
 from tests.helpers import assert_close
 from tests.methods.layers import Shape, augmented, correlated, inputs_of, randn, random_layer
@@ -395,3 +395,28 @@ def test_values_alone_lose_what_is_predicted_and_leave_keys_alone(count: int) ->
     assert_close(loss.lost, measured, atol=1e-9 * float(loss.total.sum()))
     assert merged[0].k is layers[0].k
     assert all(layer.q is before.q for layer, before in zip(merged, layers, strict=True))
+
+
+def test_unpredicted_values_are_what_a_regression_leaves() -> None:
+    """Each member's error, as the query heads that read it put it into the residual stream."""
+    shape = Shape(kv_heads=2, group=2, biases=("v",))
+    layers = [random_layer(shape, seed=seed) for seed in (3, 4)]
+    samples = correlated(2, 60, shape.hidden, seed=5)
+    found = moments_of(layers, inputs_of(samples)).value_unpredicted
+    layer, given = layers[1], augmented(samples[0])
+    assert layer.v is not None
+    assert layer.v_bias is not None
+    assert layer.o is not None
+    # a ridge of a millionth of the mean power, as rows of the regression
+    ridge = (1e-6 * given.square().sum() / given.shape[1]).sqrt()
+    design = torch.cat([given, ridge * torch.eye(given.shape[1], dtype=torch.float64)])
+    expected = torch.zeros(4, dtype=torch.float64)
+    for head in range(4):
+        value = samples[1] @ layer.v[head // 2].T + layer.v_bias[head // 2]
+        wanted = torch.cat([value, value.new_zeros(given.shape[1], value.shape[1])])
+        found_value = given @ torch.linalg.lstsq(design, wanted).solution
+        for sign, part in ((1, value), (-1, found_value)):
+            energy = (part @ layer.o[:, head].T).square().sum(1).mean()
+            expected[2 + head // 2] += sign * energy
+    assert_close(found, expected, atol=1e-9 * float(expected.max()))
+    assert float(expected[2:].min()) > 0

@@ -112,6 +112,13 @@ def test_output_is_the_ridge_solution(width: int, bias: bool, dtype: torch.dtype
         assert_close(found_bias, expected[:, width].to(dtype), atol=atol)
 
 
+@pytest.mark.parametrize("tokens", [T, 1], ids=["many tokens", "fewer tokens than dims"])
+def test_heads_that_give_nothing_leave_the_output_as_it_was(tokens: int) -> None:
+    heads, target = torch.zeros(N, tokens, HEADS, WIDTH), torch.ones(N, tokens, E)
+    output = randn(E, HEADS, WIDTH, seed=3).float()
+    assert torch.equal(refit_output(heads, target, output, None)[0], output)
+
+
 def test_output_that_is_right_stays() -> None:
     heads, output = randn(N, T, HEADS, WIDTH, seed=1), randn(E, HEADS, WIDTH, seed=3)
     bias = randn(E, seed=4)

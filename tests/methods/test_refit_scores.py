@@ -292,6 +292,8 @@ def test_refits_to_few_tokens_stay_in_what_they_span() -> None:
     )
     for reader in (few, whole):
         refit_queries([reader], key, seed=5)
+        asked = reader.basis.inputs.flatten(0, 1) @ reader.rows.mT
+        assert_close(reader.projected(), asked, atol=1e-12)
     expected = start + (whole.rows - start @ span) @ span.T
     assert_close(few.rows, expected, atol=1e-4)
     assert float((few.rows - start).abs().max()) > 0.1
