@@ -45,6 +45,7 @@ def _compare(rank: int, store: str) -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
         for key, weight in model.named_parameters():
             torch.testing.assert_close(weight.grad.full_tensor(), want[key], rtol=0, atol=1e-6)
+    dist.barrier()  # threads of a process that ends while the other still sends would abort it
     dist.destroy_process_group()
 
 
