@@ -239,7 +239,7 @@ def refit_outcome(
     parts = []
     for at in range(place, len(observed) if produces else place + 1):
         layer, seen = converted[at], observed[at]
-        own, wanted = (asked, target)
+        own, wanted = asked, target
         if at != place:
             own, wanted = queries(layer, seen.scoring, seen.inputs), seen.outputs
         heads = head_outputs(own, seen.scoring, shared)

@@ -43,7 +43,7 @@ def leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     By block Lanczos with full reorthogonalisation (Golub and Underwood, 1977): a basis grows until
     it gains next to nothing of the leading energy, and the pairs are those of the matrix on it.
     Where eigenvalues differ little, which eigenvectors they are is open to any method; the energy
-    that they keep is not.
+    that they keep is not, but for next to nothing.
 
     Args:
         gram: [n, n] positive semidefinite, float64.
@@ -56,11 +56,11 @@ def leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     widths = range(max(2 * count, 4 * _BLOCK), int(_LARGEST * size), max(count // 2, 2 * _BLOCK))
     if size > _SMALL and widths:
         basis, whole = _Basis(gram, widths), float(gram.trace())
-        kept = gain = math.inf
+        kept, gain = -math.inf, math.inf
         for width in widths:
             basis.grow(width)
             before, kept = kept, float(torch.linalg.eigvalsh(basis.projected)[-count:].sum())
-            last, gain = gain, kept - before if math.isfinite(before) else math.inf
+            last, gain = gain, kept - before
             left_out = _NEXT_TO_NOTHING * (whole - kept)
             if gain <= _ENOUGH * whole or _ahead(last, gain) <= left_out:
                 values, vectors = _largest(basis.projected, count)

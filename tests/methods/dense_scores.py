@@ -51,14 +51,19 @@ def rotations(scoring: Scoring) -> Tensor:
     return matrices
 
 
-def metric_of(reader: Reader) -> Tensor:
-    """``diag p - p p^T`` of every attention row, through the slope of the cap: [N, g, T, T, T]."""
-    target, scoring = reader.target.clone(), reader.scoring
+def _slope_and_rows(reader: Reader) -> tuple[Tensor, Tensor]:
+    """Slope of the cap at the scores of the original, and its attention rows: [N, g, T, T] each."""
+    target, scoring = reader.target, reader.scoring
     slope = torch.ones_like(target)
     if scoring.softcap is not None:
         slope = 1 / torch.cosh(target / scoring.softcap) ** 2
         target = scoring.softcap * torch.tanh(target / scoring.softcap)
-    rows = torch.softmax(target.masked_fill(~scoring.visible, -torch.inf), -1)
+    return slope, torch.softmax(target.masked_fill(~scoring.visible, -torch.inf), -1)
+
+
+def metric_of(reader: Reader) -> Tensor:
+    """``diag p - p p^T`` of every attention row, through the slope of the cap: [N, g, T, T, T]."""
+    slope, rows = _slope_and_rows(reader)
     hessian = torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :]
     return slope[..., :, None] * hessian * slope[..., None, :]
 
@@ -92,14 +97,9 @@ def _solved(
 
 def _noise(reader: Reader, seed: int) -> Tensor:
     """Random errors of scores [N, g, T, T]: a root of the metric times signs."""
-    target, scoring = reader.target.clone(), reader.scoring
-    slope = torch.ones_like(target)
-    if scoring.softcap is not None:
-        slope = 1 / torch.cosh(target / scoring.softcap) ** 2
-        target = scoring.softcap * torch.tanh(target / scoring.softcap)
-    shares = torch.softmax(target.masked_fill(~scoring.visible, -torch.inf), -1)
+    slope, shares = _slope_and_rows(reader)
     draws = torch.Generator().manual_seed(seed)
-    signs = 2 * torch.randint(2, target.shape[1:], generator=draws, dtype=torch.int8).double() - 1
+    signs = 2 * torch.randint(2, shares.shape[1:], generator=draws, dtype=torch.int8).double() - 1
     root = torch.diag_embed(shares.sqrt()) - shares[..., :, None] * shares.sqrt()[..., None, :]
     assert_close(
         slope[..., None] * (root @ root.mT) * slope[..., None, :], metric_of(reader), atol=1e-12
