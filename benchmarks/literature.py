@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
 from convert.execute import read_attention
-from convert.facts import read_facts, with_stored_names
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.attention import Scoring, keys, queries, values
 from convert.methods.fitting import head_outputs, projected, second_moments
 from convert.methods.latent import factored, latent_form
 from convert.methods.mixing import Mixed, Rows, rows_of
 from convert.methods.refit_latent import expanded
+from convert.opening import open_model
 from convert.streams import ready, scoring_of
 
 __all__ = ["Published", "published_loss"]
@@ -64,8 +63,8 @@ def published_loss(
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    with Checkpoint(source) as checkpoint:
-        facts = with_stored_names(read_facts(checkpoint.config), checkpoint.tensors)
+    with open_model(source) as model:
+        checkpoint, facts = model.checkpoint, model.facts
         decoder = Decoder(checkpoint, facts, context=text.shape[1], device="cpu")
         original = decoder.embed(torch.cat([calibration, text]))
         converted, count = original[len(calibration) :].clone(), len(calibration)

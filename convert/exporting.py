@@ -20,9 +20,10 @@ from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts
 from convert.latent_sizes import Sizes
-from convert.latent_source import LatentSource, latent_source
+from convert.latent_source import LatentSource
 from convert.layer import LatentLayer
 from convert.methods import Converted, Method
+from convert.opening import OpenModel
 from convert.recipe import ExportRecipe
 from convert.scheme import Scheme
 from convert.steps import Step
@@ -55,22 +56,27 @@ class Export:
     earlier: Mapping[str, Any] | None
 
 
-def export_of(recipe: ExportRecipe, checkpoint: Checkpoint) -> Export:
-    """What a recipe does to a checkpoint. Reads biases and what stands before latent norms.
+def export_of(recipe: ExportRecipe, model: OpenModel) -> Export:
+    """What a recipe does to a model. Reads biases and what stands before latent norms.
 
     Raises:
         UsageError: If no class holds the result, or it has the form that is asked for.
-        InputModelError: If a latent norm does more than rounding, or config.json contradicts the
-            tensors.
+        InputModelError: If the model has no latents, or their norm does more than rounding.
     """
-    source, earlier = latent_source(checkpoint), _earlier(checkpoint.root)
+    source, checkpoint = model.latents, model.checkpoint
+    if source is None:
+        raise InputModelError(
+            f"{checkpoint.config.get('model_type')} has no latents; only results of kvpatch mla "
+            "are exported",
+            hint="Convert it: kvpatch mla.",
+        )
+    earlier = _earlier(checkpoint.root)
     if recipe.target == "native":
         _refuse_native(source, recipe)
     elif source.stock is None:
         raise UsageError(
             f"this model is a {source.architecture} already", hint="Give --target native."
         )
-    _check_shapes(source, checkpoint)
     errors = _norm_errors(source, checkpoint, recipe.dtype)
     target, cached_rank = _target(source, recipe, query_bias=_query_bias(source, checkpoint))
     facts = source.facts
@@ -131,19 +137,6 @@ def _refuse_native(source: LatentSource, recipe: ExportRecipe) -> None:
             f"{source.architecture}: {problem}",
             hint="What kvpatch mla --target native writes can be exported to kvpatch and back.",
         )
-
-
-def _check_shapes(source: LatentSource, checkpoint: Checkpoint) -> None:
-    stored = {name: info.shape for name, info in checkpoint.tensors.items()}
-    for layer in range(source.facts.layers):
-        prefix = source.facts.family.layer_prefix.format(layer=layer)
-        for name, shape in source.shapes.items():
-            if stored.get(prefix + name) != shape:
-                raise InputModelError(
-                    f"config.json contradicts the tensors: {prefix + name} must have shape "
-                    f"{shape}, found {stored.get(prefix + name)}",
-                    hint="Save the model as a whole, with its config.json; adapters merged first.",
-                )
 
 
 def _norm_errors(

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from convert.families import Family, Only, family_of
+from convert.families.naming import layer_and_rest
 from convert.families.positions import check_positions, layer_ropes, layer_windows
 from convert.layer import Geometry, QkNorm, Rope
-from kvpatch.errors import InputModelError
+from kvpatch.errors import InputModelError, UnsupportedModelError
 from kvpatch.memory import KVCache, multi_head_cache
 from kvpatch.models import FAMILIES as KVPATCH_FAMILIES
 from kvpatch.models import PREFIX
 
 __all__ = [
+    "PREDICTING",
     "ModelFacts",
     "check_shapes",
+    "contradiction",
     "has_latents",
     "read_facts",
     "with_stored_dtype",
-    "with_stored_names",
 ]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PREDICTING = "num_nextn_predict_layers"  # layers for speculation, which no class here runs
+Problem = tuple[str, object, object]
+_MOST_LAYERS = 10**4
 _LARGEST = 10**7  # of any count or width; larger ones would only cost time and memory
 
 
@@ -126,27 +131,31 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     """Interpret a config.json, with the defaults that transformers applies to absent keys.
 
     Raises:
-        InputModelError: If the family is unknown, the model is quantised, or a value makes no
-            sense.
+        UnsupportedModelError: If the family is unknown, or the model is quantised.
+        InputModelError: If a value makes no sense.
     """
     family = family_of(config)
     if quantization := config.get("quantization_config"):
         named = isinstance(quantization, dict) and quantization.get("quant_method")
-        raise InputModelError(
+        raise UnsupportedModelError(
             f"the weights are quantised ({named or 'unknown method'!r}); "
             "pooling quantised heads is not meaningful",
             hint="Convert the unquantised checkpoint and quantise the result.",
         )
     if config.get("use_bidirectional_attention"):
-        raise InputModelError("config.json has use_bidirectional_attention: not a causal model")
+        raise UnsupportedModelError(
+            "config.json has use_bidirectional_attention: not a causal model"
+        )
     if config.get("per_layer_config"):
-        raise InputModelError("config.json has per_layer_config: layers differ in their attention")
+        raise UnsupportedModelError(
+            "config.json has per_layer_config: layers differ in their attention"
+        )
     full = family.completed(config)
     for rule in family.only:
         _check_only(rule, full, family.spelling(rule.key, config))
 
-    def integer(key: str, default: int | None = None) -> int:
-        return _integer(full.get(key), family.spelling(key, config), default)
+    def integer(key: str, default: int | None = None, *, most: int = _LARGEST) -> int:
+        return _integer(full.get(key), family.spelling(key, config), default, most)
 
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
     # a class without KV heads of its own reads neither of these keys
@@ -154,7 +163,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     own = 1 if single else heads
     kv_heads = integer("num_key_value_heads", heads) if family.gqa else own
     head_dim = integer("head_dim", hidden // heads) if family.gqa else hidden // heads
-    layers = integer("num_hidden_layers")
+    layers = integer("num_hidden_layers", most=_MOST_LAYERS)
     if heads % kv_heads:
         raise InputModelError(
             f"config.json: num_key_value_heads {kv_heads} does not divide "
@@ -190,22 +199,6 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-def with_stored_names(facts: ModelFacts, names: Container[str]) -> ModelFacts:
-    """The facts with the tensor names of the checkpoint, which may lack the base model's prefix.
-
-    transformers loads both; such a checkpoint was saved from the model without its head.
-
-    Args:
-        facts: From config.json.
-        names: Names of the tensors.
-    """
-    bare = facts.family.without_base()
-    first = bare.projections[0].name
-    if f"{bare.layer_prefix.format(layer=0)}{first}.weight" not in names:
-        return facts
-    return dataclasses.replace(facts, family=bare)
-
-
 def with_stored_dtype(facts: ModelFacts, dtypes: Iterable[torch.dtype]) -> ModelFacts:
     """The facts with the dtype of the weights, where config.json does not state one.
 
@@ -225,13 +218,13 @@ def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> No
 
     Args:
         facts: From config.json.
-        shapes: Shape of every tensor on disk, by name.
+        shapes: Shape of every tensor, by the names of the family table.
 
     Raises:
         InputModelError: With a table of every attention tensor that is absent or contradicts.
     """
     family, hidden = facts.family, facts.geometry.hidden
-    problems: list[tuple[str, object, object]] = []
+    problems: list[Problem] = []
     for layer in range(facts.layers):
         prefix = family.layer_prefix.format(layer=layer)
         for projection in family.projections:
@@ -243,26 +236,45 @@ def check_shapes(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> No
                 problems.append((weight, expected, shapes.get(weight)))
             if bias in shapes and shapes[bias] != expected_bias:
                 problems.append((bias, expected_bias, shapes[bias]))
-    beyond = family.layer_prefix.format(layer=facts.layers)
-    problems += [
-        (repr(name)[1:-1], f"no layer {facts.layers}", shape)
-        for name, shape in shapes.items()
-        if name.startswith(beyond)
-    ]
+    problems += _beyond(facts, shapes)
     vocabulary = facts.config.get("vocab_size")
     embedding = shapes.get(family.embedding)
-    if embedding is not None and embedding != (vocabulary, hidden):
+    if embedding != (vocabulary, hidden):
         problems.append((family.embedding, (vocabulary, hidden), embedding))
-    if not facts.tied and embedding is not None and not shapes.keys() & set(family.heads):
+    head = next((name for name in family.heads if name in shapes), None)
+    if head is not None and shapes[head] != (vocabulary, hidden):
+        problems.append((head, (vocabulary, hidden), shapes[head]))
+    if head is None and not facts.tied:
         problems.append((family.heads[0], "present: tie_word_embeddings is false", None))
     if problems:
-        lines = [f"  {n}: config says {want}, file has {have}" for n, want, have in problems[:8]]
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise InputModelError(
-            "config.json contradicts the tensors:\n" + "\n".join(lines) + more,
-            hint="Check num_attention_heads, num_key_value_heads, head_dim, num_hidden_layers, "
-            "vocab_size and tie_word_embeddings, or download the checkpoint again.",
-        )
+        raise contradiction(problems)
+
+
+def _beyond(facts: ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    """Tensors of layers that config.json does not count.
+
+    Layers that predict further tokens follow those of the model, which does not run them.
+    """
+    predicting = facts.config.get(PREDICTING)
+    first = facts.layers + (predicting if type(predicting) is int and predicting > 0 else 0)
+    places = {name: layer_and_rest(name, facts.family) for name in shapes}
+    return [
+        (repr(name)[1:-1], f"no layer {place[0]}", shapes[name])
+        for name, place in places.items()
+        if place is not None and place[0] >= first
+    ]
+
+
+def contradiction(problems: Sequence[Problem]) -> InputModelError:
+    """The error for tensors that are not what config.json says: name, expected, found."""
+    lines = [f"  {n}: config says {want}, file has {have}" for n, want, have in problems[:8]]
+    more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return InputModelError(
+        "config.json contradicts the tensors:\n" + "\n".join(lines) + more,
+        hint="Compare the sizes in config.json (heads, head_dim, layers, vocab_size, "
+        "intermediate_size, tie_word_embeddings) with those of the model, or download the "
+        "checkpoint again.",
+    )
 
 
 def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -281,7 +293,7 @@ def _check_only(rule: Only, full: Mapping[str, Any], name: str) -> None:
     wanted = rule.value if rule.same_as is None else full.get(rule.same_as)
     if value is None or value == wanted:
         return
-    raise InputModelError(
+    raise UnsupportedModelError(
         f"config.json: {name} is {value!r}: {rule.otherwise} is not supported",
         hint=f"Of model_type {full['model_type']!r}, only models with {name} = {wanted!r} are.",
     )
@@ -323,11 +335,11 @@ def _residual_multiplier(full: Mapping[str, Any], family: Family) -> float:
     return float(value)
 
 
-def _integer(value: Any, name: str, default: int | None) -> int:
+def _integer(value: Any, name: str, default: int | None, most: int) -> int:
     if value is None:  # null means what the sizes imply, also in transformers
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputModelError(f"config.json: {name} must be a positive integer, found {value!r}")
-    if value > _LARGEST:
+    if value > most:
         raise InputModelError(f"config.json: {name} is {value}, larger than any model")
     return value

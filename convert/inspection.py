@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.checkpoint.paths import guarded_path
-from convert.checkpoint.reader import Checkpoint, read_json
+from convert.checkpoint.reader import read_json
 from convert.facts import (
     ModelFacts,
-    check_shapes,
-    has_latents,
     read_facts,
-    with_stored_dtype,
 )
 from convert.hub import fetch_config
 from convert.latent_sizes import Sizes, most_dims
 from convert.latents import latent_architecture
+from convert.opening import open_model, refuse_latents
 from convert.sharing import uniform_plan
 from convert.targets import targets_for
-from kvpatch.errors import InputModelError, UsageError
+from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache, latent_cache, multi_head_cache
 from kvpatch.models import PREFIX
 
@@ -59,22 +57,10 @@ def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFa
     ) or any(found.path.glob("*.index.json"))
     if not has_weights:
         config = read_json(guarded_path(found.path, "config.json"))
-        _refuse_latents(config)
+        refuse_latents(config)
         return read_facts(config), ["no weights here: shapes were not checked"]
-    with Checkpoint(found.path, allow_pickle=True) as checkpoint:
-        _refuse_latents(checkpoint.config)
-        dtypes = (info.dtype for info in checkpoint.tensors.values())
-        facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
-        check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
-        return facts, checkpoint.warnings
-
-
-def _refuse_latents(config: Mapping[str, Any]) -> None:
-    if has_latents(config):
-        raise InputModelError(
-            f"{config.get('model_type')} caches a latent already (MLA)",
-            hint="Of a conversion README.md says what it caches; kvpatch verify checks it.",
-        )
+    with open_model(found.path, allow_pickle=True) as model:
+        return model.facts, list(model.warnings)
 
 
 def inspect_dims(

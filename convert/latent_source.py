@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
-from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype
+from convert.facts import ModelFacts, read_facts, with_stored_dtype
 from convert.layer import LatentGeometry, LatentLayer
 from convert.targets.deepseek import CLASSES
 from convert.targets.deepseek_read import StockForm, norm_inputs, read_stock, stock_shapes
 from convert.targets.dense_blocks import config_object
 from convert.targets.latent import latent_shapes, unpack_latent
-from kvpatch.errors import InputModelError
+from kvpatch.errors import UnsupportedModelError
 from kvpatch.memory import KVCache, latent_cache
 from kvpatch.models import PREFIX, class_names
 
@@ -121,17 +121,12 @@ class LatentSource:
 
 
 def latent_source(checkpoint: Checkpoint) -> LatentSource:
-    """What a checkpoint with latents is.
+    """What a checkpoint is that ``has_latents``.
 
     Raises:
-        InputModelError: If it is none that this package writes, or contradicts itself.
+        UnsupportedModelError: If it is none that this package writes.
     """
     config = checkpoint.config
-    if not has_latents(config):
-        raise InputModelError(
-            f"{config.get('model_type')} has no latents; only results of kvpatch mla are exported",
-            hint="Convert it: kvpatch mla.",
-        )
     own = str(config.get("model_type")).startswith(PREFIX)
     held = _ours(config) if own else _stock(config)
     dtypes = (info.dtype for info in checkpoint.tensors.values())
@@ -237,8 +232,8 @@ def _refuse_others(own: Any) -> None:
         raise _foreign(found)
 
 
-def _foreign(problem: str) -> InputModelError:
-    return InputModelError(
+def _foreign(problem: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"this is no result of kvpatch mla: {problem}",
         hint="Export what kvpatch mla or kvpatch export wrote, trained or not.",
     )

@@ -5,20 +5,29 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from convert.opening import open_model
 from convert.resources import check_ram
-from kvpatch.errors import InputModelError, UsageError, VerificationError
+from convert.targets.dense_blocks import config_object
+from kvpatch.errors import (
+    InputModelError,
+    UnsupportedModelError,
+    UsageError,
+    VerificationError,
+)
 
 __all__ = [
     "Pair",
     "check_device",
     "check_same_tokens",
+    "load_as_stored",
     "load_model",
     "load_pair",
     "load_tokenizer",
@@ -82,7 +91,38 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
-    """The model of a folder, in evaluation mode, in its stock class.
+    """The model of a folder, in evaluation mode, in its stock class: what a conversion would take.
+
+    Args:
+        folder: Checkpoint folder.
+        dtype: Dtype to load in; the checkpoint's own if None.
+        device: Where it runs.
+
+    Raises:
+        InputModelError: If config.json and tensors contradict each other.
+        ResourceError: If it does not fit into memory.
+        VerificationError: If transformers does not load it.
+    """
+    with ExitStack() as stack:
+        try:
+            model = stack.enter_context(open_model(folder, latents=True, allow_pickle=True))
+        except UnsupportedModelError:  # transformers may know it all the same
+            return load_as_stored(folder, dtype=dtype, device=device)
+        if not model.renamed:
+            return _loaded(folder, dtype=dtype, device=device, may_leave_out=True)
+        checkpoint = model.checkpoint
+        own = config_object(checkpoint.config, checkpoint.config["model_type"])
+        return _loaded(
+            folder,
+            dtype=dtype if dtype is not None else getattr(torch, model.facts.dtype),
+            device=device,
+            config=own,
+            state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
+        )
+
+
+def load_as_stored(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    """The model of a folder as ``from_pretrained`` alone gives it, which must find every key.
 
     Args:
         folder: Checkpoint folder.
@@ -93,22 +133,45 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") 
         ResourceError: If it does not fit into memory.
         VerificationError: If a key is missing, unexpected or mismatched.
     """
+    return _loaded(folder, dtype=dtype, device=device)
+
+
+def _loaded(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str,
+    may_leave_out: bool = False,
+    config: Any | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> Any:
+    """A model by transformers: of the files in its folder, or of a configuration and tensors."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if device == "cpu":
         check_ram(2 * weights + _OVERHEAD, None, what=f"loading {folder}")
+    common: dict[str, Any] = {
+        "dtype": dtype if dtype is not None else "auto",
+        "output_loading_info": True,
+    }
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype is not None else "auto",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        if state_dict is None:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, **common
+            )
+        else:
+            class_ = AutoModelForCausalLM._model_mapping[type(config)]
+            model, report = class_.from_pretrained(
+                None, config=config, state_dict=state_dict, **common
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise VerificationError(f"{folder} does not load in transformers: {error}") from error
-    wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
+    wrong = {
+        key: sorted(map(str, value))
+        for key, value in report.items()
+        if value and not (may_leave_out and key == "unexpected_keys")
+    }
     if wrong:
         raise VerificationError(f"{folder} loads with {wrong}")
     return model.to(device).eval()

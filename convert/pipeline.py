@@ -22,11 +22,12 @@ from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
 from convert.execute import execute
 from convert.exporting import Export, export_of, export_unit
-from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype, with_stored_names
+from convert.facts import ModelFacts, has_latents, read_facts
 from convert.hub import Source, opened_source, user_path
 from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
+from convert.opening import open_model
 from convert.plan import Plan, make_plan
 from convert.quantities import parse_size
 from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
@@ -98,16 +99,18 @@ def prepare(
         source = stack.enter_context(found)
         if to_write and recipe.output is not None:
             check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
-        opened = Checkpoint(source.path, allow_pickle=pickle, sizes=source.sizes)
-        checkpoint = stack.enter_context(opened)
-        export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
-        facts = _facts(checkpoint) if export is None else export.source.plan_facts
+        exports = isinstance(recipe, ExportRecipe)
+        opened = open_model(source.path, latents=exports, allow_pickle=pickle, sizes=source.sizes)
+        model = stack.enter_context(opened)
+        checkpoint = model.checkpoint
+        export = export_of(recipe, model) if isinstance(recipe, ExportRecipe) else None
+        facts = model.facts if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
         windows = _windows(recipe, source)
         scheme, latents = _chosen(
             recipe, facts, checkpoint, export, windows, to_write=to_write, progress=progress
         )
-        warnings = [*checkpoint.warnings, *scheme.warnings]
+        warnings = [*model.warnings, *scheme.warnings]
         metadata: dict[str, Any] = {}
         try:
             metadata = inherited_metadata(source.path)
@@ -126,6 +129,7 @@ def prepare(
             max_shard_bytes=parse_size(recipe.max_shard_size),
             windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
             identity=identity,
+            imported=model.imported,
         )
         yield Prepared(
             scheme=scheme,
@@ -168,12 +172,6 @@ def _chosen(
         progress=lambda n: progress("looking", n, facts.layers) if progress else None,
     )
     return latent_scheme(recipe, facts, sizes, planes, sources), latents
-
-
-def _facts(checkpoint: Checkpoint) -> ModelFacts:
-    dtypes = (info.dtype for info in checkpoint.tensors.values())
-    facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
-    return with_stored_names(facts, checkpoint.tensors)
 
 
 def _windows(recipe: Recipe, source: Source) -> Windows | None:

@@ -18,7 +18,7 @@ import torch
 
 from convert.checkpoint.reader import CHUNK_BYTES, Checkpoint
 from convert.checkpoint.safetensors_header import TensorInfo
-from convert.facts import ModelFacts, check_shapes
+from convert.facts import ModelFacts
 from convert.methods import Method
 from convert.scheme import Scheme
 from convert.steps import Step, Steps, TensorSpec
@@ -115,6 +115,7 @@ def make_plan(
     max_shard_bytes: int,
     windows: tuple[int, int] | None,
     identity: Mapping[str, Any],
+    imported: bool,
 ) -> Plan:
     """Plan a conversion.
 
@@ -126,17 +127,17 @@ def make_plan(
         max_shard_bytes: Largest weight file, unless a single step needs more.
         windows: Number and tokens of the calibration windows; None if nothing is calibrated.
         identity: What determines the result beside the source, for the plan's identity.
+        imported: Whether transformers is in memory whatever the conversion does.
 
     Raises:
-        InputModelError: If headers contradict config.json, or hold quantised weights.
+        InputModelError: If a tensor has no place in the result.
     """
-    check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
     cast = getattr(torch, dtype) if dtype is not None else None
     method, target, sources = scheme.method, scheme.target, scheme.sources
     tensors = checkpoint.tensors
     steps = list(Steps(tensors, facts, method, target, sources, cast))
     working = max(_working_bytes(step, tensors, method) for step in steps)
-    loads_transformers = windows is not None or scheme.kv_heads is None
+    loads_transformers = imported or windows is not None or scheme.kv_heads is None
     if windows is not None:
         working = max(
             working,

@@ -16,11 +16,8 @@ from convert.families import pack, tensor_names, unpack
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Method, Outline
 from convert.targets import Rewrite, Target
-from kvpatch.errors import InputModelError
 
 __all__ = ["Step", "Steps", "TensorSpec", "emit", "units_of"]
-
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +87,6 @@ class Steps:
         done: set[tuple[int, ...]] = set()
         outlines: dict[Any, list[list[TensorSpec]]] = {}  # units mostly agree
         for name, info in self.tensors.items():
-            if info.dtype in _QUANTISED:
-                raise InputModelError(
-                    f"{info.file}: {name!r} has dtype {info.dtype}: the weights are quantised",
-                    hint="Convert the unquantised checkpoint and quantise the result.",
-                )
             unit = unit_of.get(name)
             if unit is None:
                 yield self._whole(name, info)

@@ -12,12 +12,12 @@ import torch
 from convert.checkpoint.manifest import changed_files, read_manifest
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
-from convert.facts import ModelFacts, check_shapes, has_latents, read_facts
+from convert.facts import ModelFacts, has_latents, read_facts
 from convert.families import tensor_names
-from convert.latent_source import latent_source
-from convert.loading import load_model, load_tokenizer, quiet_transformers
+from convert.families.naming import layer_and_rest
+from convert.loading import load_as_stored, load_tokenizer, quiet_transformers
+from convert.opening import open_model
 from convert.targets.deepseek import deepseek_class
-from convert.targets.target import layer_and_rest
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
 from kvpatch.memory import KVCache, latent_cache
 
@@ -111,12 +111,13 @@ def _hashes(folder: Path) -> str:
 
 
 def _shapes(folder: Path) -> str:
-    with Checkpoint(folder) as checkpoint:
-        if has_latents(checkpoint.config):
-            raise _SkippedError("latents: loading checks the shape of every tensor")
-        facts = read_facts(checkpoint.config)
-        check_shapes(facts, {name: info.shape for name, info in checkpoint.tensors.items()})
-        return f"{len(checkpoint.tensors)} tensors, {facts.geometry.kv_heads} KV heads"
+    with open_model(folder, latents=True) as model:
+        if model.left_out:
+            raise VerificationError(
+                f"the class does not read {', '.join(map(repr, model.left_out[:5]))}"
+            )
+        held = f"{model.facts.geometry.kv_heads} KV heads" if model.latents is None else "latents"
+        return f"{len(model.checkpoint.tensors)} tensors, {held}"
 
 
 def _finite(folder: Path) -> str:
@@ -151,13 +152,14 @@ def _tokens(folder: Path, source: Path) -> str:
 
 
 def _untouched(folder: Path, source: Path) -> str:
-    with Checkpoint(folder) as new, Checkpoint(source, allow_pickle=True) as old:
-        if has_latents(old.config):  # an export
-            latents = latent_source(old)
-            facts = latents.facts
+    with (
+        Checkpoint(folder) as new,
+        open_model(source, latents=True, allow_pickle=True) as model,
+    ):
+        old, facts, latents = model.checkpoint, model.facts, model.latents
+        if latents is not None:  # an export
             converted = {name for layer in range(facts.layers) for name in latents.names(layer)}
         else:
-            facts = read_facts(old.config)
             parts = read_manifest(folder)["converted"]
             converted = {
                 name
@@ -230,7 +232,7 @@ class _Runner:
 
     def loading(self) -> str:
         """Load it with no key missing, unexpected or mismatched."""
-        self._model = load_model(self._folder, dtype=torch.float32)
+        self._model = load_as_stored(self._folder, dtype=torch.float32)
         return f"{type(self._model).__name__}, no key missing, unexpected or mismatched"
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ __all__ = [
     "OutputError",
     "ResourceError",
     "Terminated",
+    "UnsupportedModelError",
     "UntrustedSourceError",
     "UsageError",
     "VerificationError",
@@ -45,6 +46,10 @@ class InputModelError(KvpatchError):
     """The source checkpoint is damaged, contradictory or not supported."""
 
     exit_code = 3
+
+
+class UnsupportedModelError(InputModelError):
+    """The source is of a kind that kvpatch does not convert; transformers may run it."""
 
 
 class UntrustedSourceError(InputModelError):

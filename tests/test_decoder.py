@@ -20,11 +20,12 @@ from transformers import DynamicCache
 from convert.calibrate import Calibration
 from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
-from convert.facts import ModelFacts, read_facts, with_stored_names
+from convert.facts import ModelFacts
 from convert.families import tensor_names, unpack
 from convert.layer import AttentionLayer
 from convert.methods.attention import keys, plane_order, queries, values
 from convert.methods.fitting import head_outputs, projected
+from convert.opening import open_model
 from convert.streams import scoring_of
 from kvpatch.errors import InputModelError
 from tests.families.stock import attentions, make, random_ids
@@ -163,9 +164,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Checkpoint, ModelFacts, Decoder]]:
-    with Checkpoint(folder) as checkpoint:
-        facts = with_stored_names(read_facts(checkpoint.config), checkpoint.tensors)
-        yield checkpoint, facts, Decoder(checkpoint, facts, context=T, device="cpu")
+    with open_model(folder) as model:
+        decoder = Decoder(model.checkpoint, model.facts, context=T, device="cpu")
+        yield model.checkpoint, model.facts, decoder
 
 
 def _assert_same(found: Tensor, expected: Tensor) -> None:

@@ -100,6 +100,14 @@ class Checkpoint:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Go on with these tensors alone.
+
+        Args:
+            names: The names of tensors from now on, by those they have until now.
+        """
+        self.tensors = {new: self.tensors[old] for old, new in names.items()}
+
     def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """Bytes of a tensor in order, at most ``size`` at a time (a multiple of 8).
 

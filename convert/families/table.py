@@ -13,7 +13,7 @@ from convert.families.family import SEPARATE, Family, Projection, Windows
 from convert.families.multi_head import GPT_BIGCODE, MULTI_HEAD
 from convert.families.separate import separate
 from convert.layer import QkNorm
-from kvpatch.errors import InputModelError
+from kvpatch.errors import UnsupportedModelError
 from kvpatch.models import PREFIX
 
 __all__ = ["FAMILIES", "family_of"]
@@ -272,7 +272,7 @@ def family_of(config: Mapping[str, object]) -> Family:
     """Row of the table for a config.json.
 
     Raises:
-        InputModelError: If the model_type is absent, not a decoder-only text model, already
+        UnsupportedModelError: If the model_type is absent, not a decoder-only text model, already
             latent, or not in the table.
     """
     model_type = config.get("model_type")
@@ -287,18 +287,18 @@ def family_of(config: Mapping[str, object]) -> Family:
     known = ", ".join(sorted(FAMILIES))
     how = f"Supported: {known}. To add one, add a row to convert/families/table.py."
     if not isinstance(model_type, str):
-        raise InputModelError("config.json has no model_type", hint=how)
+        raise UnsupportedModelError("config.json has no model_type", hint=how)
     if model_type in _LATENT:
-        raise InputModelError(f"{model_type} caches a latent already (MLA)", hint=how)
+        raise UnsupportedModelError(f"{model_type} caches a latent already (MLA)", hint=how)
     if config.get("is_encoder_decoder"):
-        raise InputModelError(
+        raise UnsupportedModelError(
             f"{model_type!r} is an encoder-decoder; only decoder-only models are converted",
             hint=how,
         )
     for key in ("text_config", "vision_config"):
         if key in config:
-            raise InputModelError(
+            raise UnsupportedModelError(
                 f"{model_type!r} wraps a text model ({key} in config.json)",
                 hint=f"Save its language model as a checkpoint of its own first. {how}",
             )
-    raise InputModelError(f"model_type {model_type!r} is not supported", hint=how)
+    raise UnsupportedModelError(f"model_type {model_type!r} is not supported", hint=how)

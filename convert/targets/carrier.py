@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convert.facts import ModelFacts
 from convert.families import Family
+from convert.families.naming import layer_and_rest
 from convert.layer import AttentionLayer
 from convert.targets.folds import reorder_heads, with_all_biases
 from convert.targets.target import (
@@ -25,7 +26,6 @@ from convert.targets.target import (
     Rewrite,
     Target,
     keep_layer,
-    layer_and_rest,
     moved_parts,
 )
 from kvpatch.errors import InputModelError
@@ -126,12 +126,10 @@ def _edit(
     }
 
 
-def _rename(name: str, *, row: Carrier, family: Family) -> Rewrite | None:
+def _rename(name: str, *, row: Carrier, family: Family) -> Rewrite:
     layer, bare = None, name.removeprefix(family.base)
     if (place := layer_and_rest(name, family)) is not None:
         layer, rest = place
-        if rest in family.buffers:
-            return None
         bare = f"{family.without_base().layer_prefix}{rest}"
     module, _, leaf = bare.rpartition(".")
     if module not in row.modules:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from convert.facts import ModelFacts
 from convert.families import Family
+from convert.families.naming import layer_and_rest
 from convert.targets.deepseek_layer import INPUT_NORM, InertForm, Layout, written
 from convert.targets.dense_blocks import BLOCKS, block_problem, stock_config
 from convert.targets.inert import EPSILON, constant_norm, epsilon_norm
 from convert.targets.rope_tables import rope_keys, rope_problem, rope_table
-from convert.targets.target import Rewrite, Target, layer_and_rest
+from convert.targets.target import Rewrite, Target
 from kvpatch.errors import InputModelError
 
 __all__ = ["CLASSES", "Architecture", "deepseek_class", "deepseek_problem"]
@@ -30,7 +31,6 @@ Architecture = Literal["deepseek_v3", "youtu"]
 Fate = Rewrite | tuple[Rewrite, ...] | None
 
 CLASSES: Mapping[str, str] = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
-_OLD_BUFFER = "self_attn.rotary_emb.inv_freq"  # in checkpoints of older transformers
 
 
 def deepseek_problem(facts: ModelFacts, planes: Sequence[int]) -> str | None:
@@ -253,7 +253,6 @@ def _fates_in_layer(layer: int, outside: _Outside) -> Mapping[str, Fate]:
             Rewrite(prefix + up, _lower_half),
         ),
         down: _scaled(prefix + down, outside.residual),
-        _OLD_BUFFER: None,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from convert.facts import ModelFacts
 from convert.families import Family
 from convert.families.separate import separate
-from convert.targets.target import Rewrite, Target, layer_and_rest, moved_parts
+from convert.targets.target import Rewrite, Target, moved_parts
 from kvpatch.models import FAMILIES, PREFIX, auto_map, class_names
 
 __all__ = ["patched_class"]
@@ -55,9 +55,6 @@ def _edit(
     return edited if sources is None else {**edited, "kv_source_layers": list(sources)}
 
 
-def _rename(name: str, *, family: Family) -> Rewrite | None:
-    place = layer_and_rest(name, family)
-    if place is not None and place[1] in family.buffers:
-        return None
+def _rename(name: str, *, family: Family) -> Rewrite:
     # transformers renames an output embedding while loading, for its own classes alone
     return Rewrite("lm_head.weight" if name in family.heads else name)

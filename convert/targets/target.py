@@ -17,7 +17,6 @@ __all__ = [
     "Rewrite",
     "Target",
     "keep_layer",
-    "layer_and_rest",
     "moved_parts",
 ]
 
@@ -132,15 +131,3 @@ def moved_parts(source: Family, result: Family) -> frozenset[str]:
     if source.qk_norm is not None and not norms:
         fields |= {"q_norm", "k_norm"}
     return frozenset(fields)
-
-
-def layer_and_rest(name: str, family: Family) -> tuple[int, str] | None:
-    """Decoder layer of a tensor and its name inside; None if it belongs to no layer.
-
-    Args:
-        name: Disk name.
-        family: Row of the checkpoint.
-    """
-    before = family.layer_prefix.partition("{layer}")[0]
-    index, _, rest = name.removeprefix(before).partition(".")
-    return (int(index), rest) if name.startswith(before) and index.isdecimal() else None

@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from convert.facts import check_shapes, read_facts, with_stored_names
+from convert.facts import check_shapes, read_facts
 from convert.families import tensor_names
+from convert.families.naming import canonical_names
 from kvpatch.errors import InputModelError
 from tests.families.tiny import GROUPED, MODELS, family, settings
 
@@ -59,12 +60,13 @@ def test_names_may_lack_the_prefix_of_the_base_model(model_type: str) -> None:
         {name: tuple(tensor.shape) for name, tensor in m.state_dict().items()}
         for m in (model, model.base_model)
     )
-    assert with_stored_names(facts, whole) == facts
-    bare = with_stored_names(facts, base)
+    if not facts.tied:
+        base |= {name: shape for name, shape in whole.items() if name in facts.family.heads}
+    assert canonical_names(whole, facts.family) == {name: name for name in whole}
+    named = canonical_names(base, facts.family)
+    assert {named[name]: shape for name, shape in base.items()}.items() <= whole.items()
     check_shapes(facts, whole)
-    check_shapes(bare, base if facts.tied else base | {"lm_head.weight": (97, 48)})
-    assert bare.family.embedding in base
-    assert set(tensor_names(bare.family, bare.geometry, 1, "qkvo")) & base.keys()
+    check_shapes(facts, {named[name]: shape for name, shape in base.items()})
     with pytest.raises(InputModelError, match=r"config\.json contradicts the tensors"):
         check_shapes(facts, base)
 

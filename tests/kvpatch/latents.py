@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert.checkpoint.reader import read_json
-from convert.facts import ModelFacts, read_facts, with_stored_names
+from convert.facts import ModelFacts, read_facts
 from convert.families import pack, tensor_names, unpack
+from convert.families.naming import canonical_names
 from convert.layer import AttentionLayer, LatentGeometry, LatentLayer, QkNorm, Rope
 from convert.methods.latent import embedded
 from convert.planes import planes_of
@@ -70,8 +71,10 @@ def write_latent(
         The target that wrote it.
     """
     config = read_json(source / "config.json")
-    tensors = {key: t.double() for key, t in load_file(source / "model.safetensors").items()}
-    facts = with_stored_names(read_facts({**config, **_READ_AS.get(name, {})}), tensors)
+    stored = load_file(source / "model.safetensors")
+    facts = read_facts({**config, **_READ_AS.get(name, {})})
+    names = canonical_names(stored, facts.family)
+    tensors = {names[key]: tensor.double() for key, tensor in stored.items()}
     if name == "falcon:rope-parallel":
         rope = Rope(dim=facts.geometry.head_dim, interleaved=False, theta=10000.0)
         facts = dataclasses.replace(facts, ropes=(rope,) * facts.layers)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert.checkpoint.reader import read_json
-from convert.facts import ModelFacts, check_shapes, read_facts, with_stored_names
+from convert.facts import ModelFacts, check_shapes, read_facts
 from convert.families import pack, tensor_names, unpack
+from convert.families.naming import canonical_names, is_buffer
 from convert.layer import AttentionLayer, LatentLayer
 from convert.targets import Target
 
@@ -24,8 +25,14 @@ MEAN_READS = frozenset({"k", "v", "k_norm"})  # canonical fields that averaging 
 
 def facts_of(folder: Path) -> tuple[ModelFacts, dict[str, Tensor]]:
     """Facts and tensors of a checkpoint, checked against each other."""
-    tensors = load_file(folder / "model.safetensors")
-    facts = with_stored_names(read_facts(read_json(folder / "config.json")), tensors)
+    facts = read_facts(read_json(folder / "config.json"))
+    stored = load_file(folder / "model.safetensors")
+    names = canonical_names(stored, facts.family)
+    tensors = {
+        names[name]: tensor
+        for name, tensor in stored.items()
+        if not is_buffer(names[name], facts.family)
+    }
     check_shapes(facts, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return facts, tensors
 
