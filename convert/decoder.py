@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from convert.checkpoint.reader import Checkpoint
 from convert.facts import ModelFacts
 from convert.families import Family
-from kvpatch.errors import InputModelError
 
 __all__ = ["Block", "Decoder"]
 
@@ -122,9 +121,6 @@ class Decoder:
         facts: Its attention.
         context: Tokens of every window.
         device: Where the layers run, in float32.
-
-    Raises:
-        InputModelError: If the stock class has tensors that the checkpoint lacks.
     """
 
     def __init__(
@@ -183,7 +179,7 @@ class Decoder:
         module = self._layers[layer]
         prefix = self._facts.family.layer_prefix.format(layer=layer)
         names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
-        self._fill(module, {n.removeprefix(prefix): self._read(n) for n in names}, prefix)
+        self._fill(module, {n.removeprefix(prefix): self._read(n) for n in names})
         try:
             yield Block(module, self._facts.family, self._options[layer])
         finally:
@@ -201,7 +197,7 @@ class Decoder:
         for path, module in parts:
             names = [name for name, _ in module.named_parameters(recurse=False)]
             stored = [name for name in names if path + name in self._checkpoint.tensors]
-            self._fill(module, {name: self._read(path + name) for name in stored}, path)
+            self._fill(module, {name: self._read(path + name) for name in stored})
         try:
             yield
         finally:
@@ -252,18 +248,10 @@ class Decoder:
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name).to(self.device, torch.float32)
 
-    def _fill(self, module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Put tensors into a module without data."""
         tensors = _stacked_experts(tensors)
-        wanted = dict(module.named_parameters())
-        missing = sorted(wanted.keys() - tensors.keys())
-        wrong = [n for n in wanted.keys() & tensors.keys() if wanted[n].shape != tensors[n].shape]
-        if missing or wrong:
-            differ = ", ".join([*missing, *wrong][:4])
-            raise InputModelError(
-                f"{where}: transformers' class and the checkpoint differ in {differ}",
-                hint="Without --calibration the weights are converted without running the model.",
-            )
+        wanted = [name for name, _ in module.named_parameters()]
         module.load_state_dict({name: tensors[name] for name in wanted}, strict=False, assign=True)
 
 

@@ -151,12 +151,16 @@ def _with_keys(**keys: Any) -> Callable[[Path], None]:
 
 
 _DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "tensor": ("native", _without_bias, "layers.1.self_attn.kv_a_proj_with_mqa.bias must have"),
+    "tensor": (
+        "native",
+        _without_bias,
+        "layers.1.self_attn.kv_a_proj_with_mqa.bias: config says",
+    ),
     "rank": ("native", _with_keys(kv_lora_rank=9), "config.json contradicts the tensors"),
     "layers": (
         "native",
         _with_keys(num_hidden_layers=3, first_k_dense_replace=3),
-        "config.json contradicts the tensors: model.layers.2.self_attn.",
+        "model.layers.2.self_attn.q_proj.weight: config says (96, 64), file has None",
     ),
     "config": ("ours", _with_keys(kv_lora_rank=[24]), "kv_lora_rank has 1 entries"),
     "class": ("native", _with_keys(model_type="glm4_moe_lite"), "'glm4_moe_lite' is not one of"),

@@ -85,7 +85,7 @@ def _swap_tokens(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "flipped bit": (_flip_bit, {"hashes", "untouched tensors"}),
     "NaN": (lambda f: _change(f, K_PROJ, _nan), {"hashes", "finite", "cached decoding"}),
-    "lost tensor": (lambda f: _drop(f, "model.norm.weight"), {"hashes", "loading"}),
+    "lost tensor": (lambda f: _drop(f, "model.norm.weight"), {"hashes", "shapes", "loading"}),
     "lost attention tensor": (lambda f: _drop(f, K_PROJ), {"hashes", "shapes", "loading"}),
     "wrong head count": (
         lambda f: _edit_config(f, num_key_value_heads=4),
