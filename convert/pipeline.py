@@ -12,6 +12,7 @@ from typing import Any
 from convert.calibrate import Calibration
 from convert.calibrate_latent import LatentConverting, latent_unit
 from convert.card import inherited_metadata, render_card
+from convert.checkpoint.index import INDEX, index_json
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
@@ -38,7 +39,7 @@ from convert.sharing import parse_layers, uniform_plan
 from convert.signals import sigterm_unwinds
 from convert.steps import Step
 from convert.streams import Converting
-from convert.targets.native import config_json, index_json, with_dtype
+from convert.targets.native import config_json, with_dtype
 from convert.texts import Windows, few_tokens, windows_from
 from kvpatch.errors import KvpatchError, UsageError, VerificationError
 from kvpatch.models import source_files
@@ -46,7 +47,6 @@ from kvpatch.models import source_files
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
 
 Progress = Callable[[str, int, int], None]
-_INDEX = "model.safetensors.index.json"
 _CONFIG, _CARD = "config.json", "README.md"
 
 
@@ -344,7 +344,7 @@ def _write_small_files(
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
         index = index_json(weight_map, parameters=plan.parameters, size=plan.output_bytes)
-        files[_INDEX] = write_file(folder / _INDEX, index)
+        files[INDEX] = write_file(folder / INDEX, index)
     manifest = manifest_of(prepared, staging, sources)
     if similarity is not None:
         manifest["similarity"] = similarity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from convert.checkpoint.index import INDEX, numbered_shards
 from convert.checkpoint.paths import guarded_path, hub_blob_sha256
 from convert.checkpoint.pickle_shard import read_pickle
 from convert.checkpoint.safetensors_header import (
@@ -29,7 +31,7 @@ __all__ = ["CHUNK_BYTES", "Checkpoint", "FileState", "read_json"]
 
 CHUNK_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _PICKLE_SINGLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -81,7 +83,9 @@ class Checkpoint:
         for name, path in self.paths.items():
             if not path.is_file():
                 raise InputModelError(
-                    f"{name} is missing in {root}", hint="Download the checkpoint again."
+                    f"{name} is missing in {root}",
+                    hint=f"Download it: hf download ORG/NAME {shlex.quote(name)} --local-dir "
+                    f"{shlex.quote(str(root))}",
                 )
         self.files = {name: FileState.of(path) for name, path in self.paths.items()}
         self._open_shards(weight_map)
@@ -184,7 +188,8 @@ class Checkpoint:
             shown = ", ".join(repr(name) for name in missing[:5])
             raise InputModelError(
                 f"the index names {len(missing)} tensors that their shards do not hold: {shown}",
-                hint="Index and shards come from different saves; download the checkpoint again.",
+                hint="If they are of the model, download the checkpoint again; if not, make the "
+                f"index anew from its shards: kvpatch reindex {shlex.quote(str(self.root))}",
             )
         if not self.tensors:
             raise InputModelError(f"{self.root} holds no tensors")
@@ -243,23 +248,28 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 def _weight_files(root: Path, allow_pickle: bool) -> tuple[list[str], Mapping[str, str] | None]:
     """Names of the weight files in order, and the index's weight map if there is an index."""
-    single, index = (root / _SINGLE).exists(), (root / _INDEX).exists()
+    single, index = (root / _SINGLE).exists(), (root / INDEX).exists()
     if index:
-        weight_map = _read_weight_map(guarded_path(root, _INDEX), ".safetensors")
+        weight_map = _read_weight_map(guarded_path(root, INDEX), ".safetensors")
         names = sorted(set(weight_map.values()))
         if single and names != [_SINGLE]:
             raise InputModelError(
-                f"{root} holds both {_SINGLE} and {_INDEX}; they may disagree, and readers "
+                f"{root} holds both {_SINGLE} and {INDEX}; they may disagree, and readers "
                 "differ in which one they take",
                 hint="Remove the one that is stale.",
             )
         return names, weight_map
     if single:
         return [_SINGLE], None
+    if shards := numbered_shards(root):
+        raise InputModelError(
+            f"{root} has shards ({next(iter(shards))}, ...) but no {INDEX}",
+            hint=f"Make the index from them: kvpatch reindex {shlex.quote(str(root))}",
+        )
     pickled, pickled_index = (root / _PICKLE_SINGLE).exists(), (root / _PICKLE_INDEX).exists()
     if not (pickled or pickled_index):
         raise InputModelError(
-            f"{root} has no weights: neither {_SINGLE} nor {_INDEX}",
+            f"{root} has no weights: neither {_SINGLE} nor {INDEX}",
             hint="Download the weights of the checkpoint.",
         )
     if not allow_pickle:

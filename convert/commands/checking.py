@@ -11,9 +11,9 @@ import typer
 from convert.commands.boundary import command
 from convert.commands.flags import Debug, Json, Quiet, Revision
 from convert.console import Console
-from kvpatch.errors import UsageError, VerificationError
+from kvpatch.errors import InputModelError, UsageError, VerificationError
 
-__all__ = ["demo", "inspect", "verify"]
+__all__ = ["demo", "inspect", "reindex", "verify"]
 
 
 @command
@@ -73,6 +73,30 @@ def inspect(
         raise UsageError("give SRC, or --layers, --heads and --head-dim")
     data = views.cache_data(description, rows, context=context, batch=batch)
     console.result(data, lambda: views.print_cache(data, console))
+
+
+@command
+def reindex(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder with all shards.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make model.safetensors.index.json anew from the shards of a checkpoint.
+
+    \b
+    Example:
+        kvpatch reindex ./llama-2-7b
+    """
+    from convert.checkpoint.index import INDEX, write_index  # noqa: PLC0415
+    from convert.hub import user_path  # noqa: PLC0415
+
+    console, path = Console(json=json, quiet=quiet), user_path(folder)
+    if not path.is_dir():
+        raise InputModelError(f"{folder} is not a folder")
+    count = write_index(path)
+    console.note(f"the index names {count:,} tensors")
+    console.result({"index": str(path / INDEX)}, lambda: console.line(str(path / INDEX)))
 
 
 @command

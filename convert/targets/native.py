@@ -1,4 +1,4 @@
-"""The source's own stock class, with fewer KV heads; and config.json and index as files."""
+"""The source's own stock class, with fewer KV heads; and config.json as a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from convert.facts import ModelFacts
 from convert.targets.target import Target
 
-__all__ = ["config_json", "index_json", "same_class", "with_dtype"]
+__all__ = ["config_json", "same_class", "with_dtype"]
 
 
 def same_class(facts: ModelFacts, *, kv_heads: int) -> Target | None:
@@ -62,12 +62,3 @@ def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
 def config_json(config: Mapping[str, Any]) -> bytes:
     """``config.json`` as it is written."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def index_json(weight_map: Mapping[str, str], *, parameters: int, size: int) -> bytes:
-    """``model.safetensors.index.json`` as transformers writes it, sorted by name."""
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": size},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -23,6 +23,7 @@ from convert.loading import (
     load_tokenizer,
     quiet_transformers,
 )
+from convert.opening import open_model
 from convert.resources import check_disk, check_ram
 from convert.results import without_results
 from convert.signals import sigterm_unwinds
@@ -120,7 +121,8 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
         check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
     check_device("cuda" if recipe.device == "cuda" else "cpu")
     manifest = read_manifest(source.path)
-    with Checkpoint(source.path) as checkpoint:
+    with open_model(source.path, latents=True) as model:
+        checkpoint = model.checkpoint
         detour = detour_of(checkpoint)
         teacher = _teacher(recipe, manifest)
         limit = checkpoint.config.get("max_position_embeddings") or 2048
