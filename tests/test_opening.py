@@ -158,6 +158,10 @@ _FOREIGN: Mapping[str, tuple[Change, str]] = {
         },
         "stored under 'language_model.model.', 'module.model.'",
     ),
+    "other code": (
+        _inside("self_attn", "attention"),
+        "'model.layers.0.self_attn' was expected, found are 'lm_head.weight', 'model.",
+    ),
     "unknown prefix": (_prefixed("thinker."), "stored under 'thinker.model.'"),
 }
 

@@ -8,7 +8,7 @@ stands before the name of the first one is the prefix of all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from convert.families.family import Family
 from kvpatch.errors import InputModelError
@@ -101,7 +101,7 @@ def canonical_names(names: Iterable[str], family: Family) -> dict[str, str]:
             one name.
     """
     plain = {name: _without_wrapped_parts(name) for name in names}
-    prefix = _prefix(plain.values(), family)
+    prefix = _prefix(list(plain.values()), family)
     outer = _before(prefix, family.base)
     stored: dict[str, str] = {}
     for name, bare in plain.items():
@@ -126,13 +126,19 @@ def _is_head(name: str, family: Family) -> bool:
     return name.partition(".")[0] in {head.partition(".")[0] for head in family.heads}
 
 
-def _prefix(names: Iterable[str], family: Family) -> str:
+def _prefix(names: Sequence[str], family: Family) -> str:
     """What stands before the modules of the base model."""
-    inside = re.escape(family.without_base().layer_prefix.format(layer=0) + family.attention)
-    at_first_layer = re.compile(rf"^((?:.*?\.)?){inside}\.")
+    inside = family.without_base().layer_prefix.format(layer=0) + family.attention
+    at_first_layer = re.compile(rf"^((?:.*?\.)?){re.escape(inside)}\.")
     found = {match[1] for name in names if (match := at_first_layer.match(name)) is not None}
-    if family.base in found or not found:
+    if family.base in found:
         return family.base
+    if not found:
+        raise InputModelError(
+            f"no tensor has a name that {family.architecture} knows: {family.base + inside!r} was "
+            f"expected, found are {', '.join(map(repr, names[:3]))}",
+            hint="Save the model with save_pretrained of transformers, or correct model_type.",
+        )
     known = {prefix for prefix in found if set(prefix.split(".")[:-1]) <= _WRAPPERS | _own(family)}
     if len(known) == 1:
         return known.pop()
