@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from convert.calibrate import Calibration
 from convert.calibrate_latent import LatentConverting, latent_unit
@@ -17,13 +19,14 @@ from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
 from convert.checkpoint.sidecars import side_files
-from convert.checkpoint.staging import MANIFEST, Staging, check_output
+from convert.checkpoint.staging import MANIFEST, Staging, check_output, unfinished
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
 from convert.execute import execute
-from convert.exporting import Export, export_of, export_unit
+from convert.exporting import Export, examined, export_of, export_unit
 from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype, with_stored_names
-from convert.hub import Source, opened_source, user_path
+from convert.foreseen import foreseen
+from convert.hub import Source, fetch_source, opened_source, user_path
 from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
@@ -33,7 +36,6 @@ from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
 from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
 from convert.scheme import Scheme, latent_scheme, method_of, scheme_of, settled
-from convert.sharing import parse_layers, uniform_plan
 from convert.signals import sigterm_unwinds
 from convert.steps import Step
 from convert.streams import Converting
@@ -76,8 +78,8 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Open the source of a recipe and plan its conversion.
 
-    Reads headers only, unless something is to be chosen by what it loses: layers that share, or a
-    split of a budget. If nothing is and no conversion follows, weights on the Hub stay there.
+    All that can be refused without weights is refused from the headers alone; weights on the Hub
+    stay there until then, and for good if nothing follows that reads them.
 
     Args:
         recipe: What to convert, how and where to.
@@ -90,10 +92,7 @@ def prepare(
     pickle = recipe.allow_pickle
     with ExitStack() as stack:
         found = opened_source(
-            recipe.source,
-            revision=recipe.revision,
-            allow_pickle=pickle,
-            whole=to_write or not recipe.planned_from_headers,
+            recipe.source, revision=recipe.revision, allow_pickle=pickle, whole=False
         )
         source = stack.enter_context(found)
         if to_write and recipe.output is not None:
@@ -103,11 +102,23 @@ def prepare(
         export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
-        windows = _windows(recipe, source)
-        scheme, latents = _chosen(
-            recipe, facts, checkpoint, export, windows, to_write=to_write, progress=progress
-        )
-        warnings = [*checkpoint.warnings, *scheme.warnings]
+        scheme = foreseen(recipe, facts) if export is None else export.scheme
+        windows, latents = _windows(recipe, source), None
+        plan = _plan(recipe, facts, checkpoint, scheme, windows)
+        if to_write:
+            _check_room(plan, recipe)
+        if to_write or not recipe.planned_from_headers:
+            if source.repository is not None and source.sizes is not None:
+                source = fetch_source(source.repository, revision=source.revision)
+                checkpoint = stack.enter_context(Checkpoint(source.path))
+                if recipe.output is not None:
+                    check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+            tokens = None if windows is None else windows.tokens
+            scheme, latents, export = _chosen(
+                recipe, facts, checkpoint, scheme, export=export, tokens=tokens, progress=progress
+            )
+            plan = _plan(recipe, facts, checkpoint, scheme, windows)
+        warnings = [*checkpoint.warnings, *scheme.warnings, *scheme.caveats]
         metadata: dict[str, Any] = {}
         try:
             metadata = inherited_metadata(source.path)
@@ -115,18 +126,6 @@ def prepare(
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
             warnings += few_tokens(windows, facts.geometry.hidden)
-        identity = dict(scheme.result_keys)
-        if windows is not None:
-            identity["tokens"] = windows.tokens_sha256
-        plan = make_plan(
-            checkpoint,
-            facts,
-            scheme,
-            dtype=recipe.dtype,
-            max_shard_bytes=parse_size(recipe.max_shard_size),
-            windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
-            identity=identity,
-        )
         yield Prepared(
             scheme=scheme,
             source=source,
@@ -141,33 +140,59 @@ def prepare(
         )
 
 
+def _plan(
+    recipe: Recipe,
+    facts: ModelFacts,
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    windows: Windows | None,
+) -> Plan:
+    identity = dict(scheme.result_keys)
+    if windows is not None:
+        identity["tokens"] = windows.tokens_sha256
+    return make_plan(
+        checkpoint,
+        facts,
+        scheme,
+        dtype=recipe.dtype,
+        max_shard_bytes=parse_size(recipe.max_shard_size),
+        windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
+        identity=identity,
+    )
+
+
 def _chosen(
     recipe: Recipe,
     facts: ModelFacts,
     checkpoint: Checkpoint,
-    export: Export | None,
-    windows: Windows | None,
+    scheme: Scheme,
     *,
-    to_write: bool,
+    export: Export | None,
+    tokens: Tensor | None,
     progress: Progress | None,
-) -> tuple[Scheme, LatentChoice | None]:
+) -> tuple[Scheme, LatentChoice | None, Export | None]:
     """What a conversion does, after all choices; with latents, how those were made."""
     if isinstance(recipe, ExportRecipe):
         assert export is not None
-        return export.scheme, None
-    sources = _sources(recipe, facts, checkpoint, windows)
-    if not isinstance(recipe, MlaRecipe):
-        return scheme_of(recipe, facts, sources), None
-    sizes, planes, latents = choose_latents(
-        recipe,
-        facts,
-        checkpoint,
-        sources=sources,
-        tokens=None if windows is None else windows.tokens,
-        to_write=to_write,
-        progress=lambda n: progress("looking", n, facts.layers) if progress else None,
-    )
-    return latent_scheme(recipe, facts, sizes, planes, sources), latents
+        export = examined(export, recipe, checkpoint)
+        return export.scheme, None, export
+    if isinstance(recipe, MlaRecipe):
+        sizes, latents = choose_latents(
+            recipe,
+            facts,
+            checkpoint,
+            splits=scheme.splits,
+            sources=scheme.sources,
+            tokens=tokens,
+            progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+        )
+        chosen = latent_scheme(recipe, facts, sizes, latents.planes, scheme.sources)
+        return chosen, latents, None
+    if isinstance(recipe, ClaRecipe) and recipe.layers == "auto":
+        method, share, device = method_of(recipe), recipe.share, recipe.device
+        sources = choose_plan(checkpoint, facts, method, share=share, tokens=tokens, device=device)
+        return scheme_of(recipe, facts, sources), None, None
+    return scheme, None, None
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -187,27 +212,6 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
         samples=recipe.samples,
         context=recipe.context,
         seed=recipe.seed,
-    )
-
-
-def _sources(
-    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
-) -> Sequence[int]:
-    """For each layer the one whose keys and values it reads afterwards."""
-    if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
-        return range(facts.layers)
-    assert recipe.layers is not None
-    auto = isinstance(recipe, ClaRecipe)  # which knows it
-    if not isinstance(recipe, ClaRecipe) or recipe.layers != "auto":
-        span = parse_layers(recipe.layers, facts.layers, auto=auto)
-        return uniform_plan(facts, recipe.share, *span, auto=auto)
-    return choose_plan(
-        checkpoint,
-        facts,
-        method_of(recipe),
-        share=recipe.share,
-        tokens=None if windows is None else windows.tokens,
-        device=recipe.device,
     )
 
 
@@ -263,6 +267,16 @@ def convert(
             _check_staged(plan, staging.path)
             staging.publish()
     return out
+
+
+def _check_room(plan: Plan, recipe: Recipe) -> None:
+    """Refuse what is too large before weights are read; an unfinished run may hold a part of it."""
+    check_ram(plan.peak_ram, parse_size(recipe.max_ram) if recipe.max_ram else None)
+    if recipe.output is not None:
+        out = user_path(recipe.output)
+        shards = (path for folder in unfinished(out) for path in folder.glob("*.safetensors"))
+        done = sum(path.stat().st_size for path in shards)
+        check_disk(plan.output_bytes - done, out.absolute().parent)
 
 
 def obstacles(prepared: Prepared) -> list[str]:

@@ -18,7 +18,7 @@ from convert.facts import ModelFacts
 from convert.layer import Rope
 from kvpatch.errors import InputModelError
 
-__all__ = ["RopeTable", "rope_keys", "rope_problem", "rope_table"]
+__all__ = ["RopeTable", "rope_keys", "rope_problem", "rope_table", "switching_length"]
 
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 _TOLERANCE = 2.0**-19  # of frequencies in float32 on a common grid, relative
@@ -84,8 +84,9 @@ def rope_table(facts: ModelFacts, stock: Any, number: int | None = None) -> Rope
         short, factor = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", **own)
         long = short
         if rope.kind == "longrope":
-            original = int(stock.rope_parameters["original_max_position_embeddings"])
-            long, _ = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", seq_len=original + 1)
+            parameters = stock.rope_parameters[own["layer_type"]] if own else stock.rope_parameters
+            original = int(parameters["original_max_position_embeddings"])
+            long, _ = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", seq_len=original + 1, **own)
     for frequencies in (short, long):
         if len(frequencies) != planes:
             raise InputModelError(
@@ -94,6 +95,32 @@ def rope_table(facts: ModelFacts, stock: Any, number: int | None = None) -> Rope
     return RopeTable(
         rope=rope, short=short, long=long, original=original, attention_factor=float(factor)
     )
+
+
+def switching_length(facts: ModelFacts, stock: Any) -> int | None:
+    """Tokens beyond which a model has other frequencies; None if it has the same for all lengths.
+
+    Keys that were cached before stay as they were turned, unless its class computes them anew.
+
+    Args:
+        facts: The source.
+        stock: Its configuration object of transformers.
+    """
+    lengths = {
+        rope: _switch(rope, facts, stock, number)
+        for number, rope in enumerate(facts.ropes)
+        if rope.dim
+    }
+    return min((length for length in lengths.values() if length is not None), default=None)
+
+
+def _switch(rope: Rope, facts: ModelFacts, stock: Any, number: int) -> int | None:
+    if rope.kind == "dynamic":
+        return facts.context
+    if rope.kind != "longrope":
+        return None
+    table = rope_table(facts, stock, number)
+    return None if torch.equal(table.short, table.long) else table.original
 
 
 def _own_table(stock: Any, number: int) -> dict[str, str]:
