@@ -130,7 +130,7 @@ def deepseek_class(
         **_sizes(facts, stock, layout),
         "rms_norm_eps": EPSILON if inert == "epsilon" else eps,
         "tie_word_embeddings": outside.stays_tied,
-        **rope_keys(table, planes, context=facts.context),
+        **rope_keys(table, planes),
         **(_all_dense(stock) if arch == "deepseek_v3" else _YOUTU),
     }
     return Target(

@@ -129,7 +129,7 @@ def _own_table(stock: Any, number: int) -> dict[str, str]:
     return {"layer_type": kinds[number]} if kinds and kinds[number] in stock.rope_parameters else {}
 
 
-def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[str, Any]:
+def rope_keys(table: RopeTable, planes: Sequence[int]) -> dict[str, Any]:
     """Config keys with which pair i has the frequency of plane ``planes[i]``.
 
     The kind is ``default`` where the frequencies are ``theta' ** (-i / pairs)`` for one theta',
@@ -139,7 +139,6 @@ def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[
     Args:
         table: Frequencies of the source.
         planes: Plane of each pair.
-        context: Longest sequence of the model, in tokens.
     """
     order = torch.tensor(planes)
     short, long = table.short[order].double(), table.long[order].double()
@@ -155,7 +154,7 @@ def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[
             "long_factor": long.reciprocal().tolist(),
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": min(table.original, context),
+            "original_max_position_embeddings": table.original,
         }
     }
 
