@@ -157,6 +157,7 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         if exported
         else _method(recipe, scaled="key_scales" in cache.get("latent", {})),
         energy=_energy(manifest),
+        caveats=[text[0].upper() + text[1:] for text in manifest.get("caveats", [])],
         dtype=recipe.get("dtype"),
         calibration=manifest["calibration"],
         evaluations=manifest["evaluations"],

@@ -15,7 +15,29 @@ from convert.methods.fitting import second_moments
 from convert.sharing import best_plan, groups_up_to
 from kvpatch.errors import UsageError
 
-__all__ = ["choose_plan"]
+__all__ = ["choose_plan", "possible_plan"]
+
+
+def possible_plan(facts: ModelFacts, share: int) -> tuple[int, ...]:
+    """One of the plans between which ``choose_plan`` chooses; no weight is read.
+
+    Raises:
+        UsageError: If the model's layers differ too much to share that often.
+    """
+    return best_plan(facts, dict.fromkeys(_groups(facts, share), 0.0), -(-facts.layers // share))
+
+
+def _groups(facts: ModelFacts, share: int) -> list[tuple[int, int]]:
+    """Groups of layers that can share, as (first, end)."""
+    # layer 0 sees embeddings alone, from which what a later layer reads is not linear
+    possible = groups_up_to(facts, min(2 * share, facts.layers))
+    groups = [(start, end) for start, end in possible if start]
+    if not groups:
+        raise UsageError(
+            "no two adjacent layers of this model after layer 0 are of one kind, so none can share",
+            hint="Merge the heads inside its layers: kvpatch gqa.",
+        )
+    return groups
 
 
 @torch.no_grad()
@@ -47,14 +69,7 @@ def choose_plan(
         UsageError: If the model's layers differ too much to share that often.
         InputModelError: If attention weights hold NaN or infinity.
     """
-    # layer 0 sees embeddings alone, from which what a later layer reads is not linear
-    possible = groups_up_to(facts, min(2 * share, facts.layers))
-    groups = [(start, end) for start, end in possible if start]
-    if not groups:
-        raise UsageError(
-            "no two adjacent layers of this model after layer 0 are of one kind, so none can share",
-            hint="Merge the heads inside its layers: kvpatch gqa.",
-        )
+    groups = _groups(facts, share)
     decoder = None
     if tokens is not None:
         decoder = Decoder(checkpoint, facts, context=tokens.shape[1], device=device)

@@ -19,6 +19,7 @@ from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts
+from convert.invocation import command_of
 from convert.latent_sizes import Sizes
 from convert.latent_source import LatentSource
 from convert.layer import LatentLayer
@@ -35,7 +36,7 @@ from convert.targets.serving import serving_problems
 from kvpatch.errors import InputModelError, UsageError
 from kvpatch.memory import latent_cache
 
-__all__ = ["Export", "export_of", "export_unit"]
+__all__ = ["Export", "examined", "export_of", "export_unit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Export:
         source: The source.
         scheme: What is done.
         errors: For each layer the share of a latent that taking its norm for a constant may
-            neglect, 0 where there is none.
+            neglect, 0 where there is none; nothing before weights were read.
         earlier: Manifest of the source; None if it was saved without.
     """
 
@@ -57,11 +58,11 @@ class Export:
 
 
 def export_of(recipe: ExportRecipe, model: OpenModel) -> Export:
-    """What a recipe does to a model. Reads biases and what stands before latent norms.
+    """What a recipe does to a model, as far as its headers tell; ``examined`` knows the rest.
 
     Raises:
         UsageError: If no class holds the result, or it has the form that is asked for.
-        InputModelError: If the model has no latents, or their norm does more than rounding.
+        InputModelError: If the model has no latents.
     """
     source, checkpoint = model.latents, model.checkpoint
     if source is None:
@@ -77,8 +78,7 @@ def export_of(recipe: ExportRecipe, model: OpenModel) -> Export:
         raise UsageError(
             f"this model is a {source.architecture} already", hint="Give --target native."
         )
-    errors = _norm_errors(source, checkpoint, recipe.dtype)
-    target, cached_rank = _target(source, recipe, query_bias=_query_bias(source, checkpoint))
+    target, cached_rank = _target(source, recipe, query_bias=True)
     facts = source.facts
     scheme = Scheme(
         recipe=recipe,
@@ -101,8 +101,23 @@ def export_of(recipe: ExportRecipe, model: OpenModel) -> Export:
             bytes_per_value=facts.bytes_per_value(recipe.dtype),
         ),
         warnings=() if earlier is not None else (_UNKNOWN,),
+        caveats=() if earlier is None else tuple(earlier.get("caveats", ())),
     )
-    return Export(source=source, scheme=scheme, errors=errors, earlier=earlier)
+    return Export(source=source, scheme=scheme, errors=(), earlier=earlier)
+
+
+def examined(export: Export, recipe: ExportRecipe, checkpoint: Checkpoint) -> Export:
+    """The export after a look at biases of queries and at what stands before latent norms.
+
+    Raises:
+        InputModelError: If a latent norm does more than rounding.
+    """
+    errors = _norm_errors(export.source, checkpoint, recipe.dtype)
+    biased = _query_bias(export.source, checkpoint)
+    target, _ = _target(export.source, recipe, query_bias=biased)
+    return dataclasses.replace(
+        export, errors=errors, scheme=dataclasses.replace(export.scheme, target=target)
+    )
 
 
 _UNKNOWN = (
@@ -207,10 +222,11 @@ def _target(source: LatentSource, recipe: ExportRecipe, *, query_bias: bool) -> 
     # keys of the source's own class mean nothing in the result
     target = dataclasses.replace(target, edit=partial(_edit, edit=target.edit, facts=facts))
     problems = serving_problems(target.edit({})) if recipe.serving else []
+    plain = recipe.model_copy(update={"serving": False})
     if problems:
         raise UsageError(
             "--serving: servers would not load the result as it should be: " + "; ".join(problems),
-            hint="Leave --serving out, or start from kvpatch mla --serving.",
+            hint=f"Start from kvpatch mla --serving, or leave --serving out: {command_of(plain)}",
         )
     return target, g.rank + (recipe.target == "native" and not recipe.serving)
 

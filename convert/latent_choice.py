@@ -10,8 +10,7 @@ from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
 from convert.facts import ModelFacts
-from convert.latent_sizes import Sizes, budget_of, most_dims, sizes_of
-from convert.latents import placeholder_planes
+from convert.latent_sizes import Sizes, budget_of, most_dims
 from convert.layer import AttentionLayer, LatentLayer, QkNorm
 from convert.methods.attended import Attended
 from convert.methods.budget import Prospect, distributed
@@ -145,32 +144,23 @@ def choose_latents(
     facts: ModelFacts,
     checkpoint: Checkpoint,
     *,
+    splits: Sequence[Sizes],
     sources: Sequence[int],
     tokens: Tensor | None,
-    to_write: bool,
     progress: Callable[[int], None],
-) -> tuple[list[Sizes], Sequence[Sequence[int]], LatentChoice | None]:
+) -> tuple[list[Sizes], LatentChoice]:
     """Sizes of each layer, and what stays rotary there.
 
     Args:
         recipe: Settled.
         facts: The source.
         checkpoint: The open source.
+        splits: Sizes between which to choose.
         sources: For each layer the one whose latent it reads.
         tokens: [N, T] calibration windows, or None.
-        to_write: Choose components; else the planes are placeholders, unless sizes must be chosen.
         progress: Called with the number of layers just looked at.
-
-    Raises:
-        UsageError: If the model cannot have such sizes.
     """
-    splits, units = sizes_of(recipe, facts, sources), units_of(sources)
-    most = {unit[0]: most_dims(facts, recipe.rope_select, len(unit)).rope_dims for unit in units}
-    if len(splits) == 1 and not recipe.per_layer and not to_write:
-        sizes = [
-            Sizes(splits[0].rank, min(splits[0].rope_dims, most[source])) for source in sources
-        ]
-        return sizes, placeholder_planes(recipe, facts, sizes), None
+    units = units_of(sources)
     found = survey(
         checkpoint,
         facts,
@@ -179,19 +169,19 @@ def choose_latents(
         device=recipe.device,
         pairs=_pairs_to_compare(recipe, facts, splits, len(units)),
         rank=most_dims(facts).rank if recipe.per_layer else max(own.rank for own in splits),
-        selection=recipe.rope_select,
+        selection=recipe.selection,
         progress=progress,
     )
     chosen = _chosen(recipe, facts, splits, [one.prospect for one in found])
     lost = [lost_without_turn(one.attended) for one in found]
     if recipe.per_layer:
         kept = [
-            kept_components([own], pairs, recipe.rope_select, common=False)[0]
+            kept_components([own], pairs, recipe.selection, common=False)[0]
             for own, (pairs, _) in zip(lost, chosen, strict=True)
         ]
     else:
         native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
-        kept = kept_components(lost, chosen[0][0], recipe.rope_select, common=native)
+        kept = kept_components(lost, chosen[0][0], recipe.selection, common=native)
     firsts = [unit[0] for unit in units]
     choice = LatentChoice(
         sources=sources,
@@ -203,12 +193,11 @@ def choose_latents(
         idle=not recipe.per_layer,
         norm=facts.qk_norm,
     )
-    planes = choice.planes
     sizes = [
         Sizes(choice.ranks[source], 2 * len(own))
-        for source, own in zip(sources, planes, strict=True)
+        for source, own in zip(sources, choice.planes, strict=True)
     ]
-    return sizes, planes, choice
+    return sizes, choice
 
 
 def _pairs_to_compare(

@@ -13,7 +13,7 @@ from convert.steps import units_of
 from convert.targets.deepseek import deepseek_problem
 from kvpatch.errors import UsageError
 
-__all__ = ["Sizes", "budget_of", "constant_dims", "most_dims", "sizes_of"]
+__all__ = ["Sizes", "budget_of", "constant_dims", "most_dims", "placeholder_planes", "sizes_of"]
 
 # shares of a budget that its rotary dims may take
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
@@ -54,7 +54,7 @@ def sizes_of(recipe: MlaRecipe, facts: ModelFacts, sources: Sequence[int]) -> li
         UsageError: If the model cannot have them.
     """
     largest = max(len(unit) for unit in units_of(sources))
-    most = most_dims(facts, recipe.rope_select, largest)
+    most = most_dims(facts, recipe.selection, largest)
     if recipe.kv_budget is None:
         assert recipe.rank is not None
         assert recipe.rope_dims is not None
@@ -86,7 +86,7 @@ def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts, latents: int) ->
         facts: The source.
         latents: Layers that make one; what the others read counts once.
     """
-    most, values = most_dims(facts, recipe.rope_select), budget_of(share, facts) // latents
+    most, values = most_dims(facts, recipe.selection), budget_of(share, facts) // latents
     native = recipe.target != "kvpatch" and deepseek_problem(facts, [0]) is None
     free = values - constant_dims(recipe, native=native) - facts.key_scales
     found = []
@@ -101,6 +101,20 @@ def _splits(share: float, recipe: MlaRecipe, facts: ModelFacts, latents: int) ->
             hint="Give a larger budget.",
         )
     return sorted(set(found), key=lambda sizes: sizes.rope_dims)
+
+
+def placeholder_planes(
+    recipe: MlaRecipe, facts: ModelFacts, sizes: Sequence[Sizes]
+) -> list[list[int]]:
+    """Planes for a plan from headers alone: those of ``stride``, else any."""
+    planes = max(rope.dim for rope in facts.ropes) // 2
+    counts = [own.rope_dims // 2 for own in sizes]
+    stride = recipe.selection == "stride"
+    steps = [max(1, planes // pairs) if stride and pairs else 1 for pairs in counts]
+    return [
+        [step * pair % planes for pair in range(pairs)]
+        for step, pairs in zip(steps, counts, strict=True)
+    ]
 
 
 def constant_dims(recipe: MlaRecipe, *, native: bool) -> int:
@@ -129,11 +143,11 @@ def _check(sizes: Sizes, most: Sizes, recipe: MlaRecipe, facts: ModelFacts) -> N
             f"{rope}: this {name} model has no rotary positions",
             hint=f"Give {none}: all of its keys go into the latent.",
         )
-    one = recipe.rope_select != "greedy"
+    one = recipe.selection != "greedy"
     raise UsageError(
         f"{rope} is more than the {most.rope_dims} dims that rotate in "
         f"{'one key' if one else 'all keys of a layer'} of this {name} model"
-        + (f", of which --rope-select {recipe.rope_select} takes each once" if one else ""),
+        + (f", of which --rope-select {recipe.selection} takes each once" if one else ""),
         hint=f"Give {most.rope_dims} or less"
         + (f", or up to {whole} with --rope-select greedy." if one else "."),
     )

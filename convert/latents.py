@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convert.facts import ModelFacts
-from convert.latent_sizes import Sizes, constant_dims
+from convert.latent_sizes import Sizes, constant_dims, most_dims
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Method, Outline
 from convert.methods.joint import reader
@@ -18,19 +18,20 @@ from convert.recipe import MlaRecipe
 from convert.steps import units_of
 from convert.targets import Target
 from convert.targets.deepseek import deepseek_class, deepseek_problem
-from convert.targets.dense_blocks import BLOCKS, stock_config
+from convert.targets.dense_blocks import stock_config
 from convert.targets.latent import latent_class
-from convert.targets.serving import serving_problems
+from convert.targets.rope_tables import switching_length
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache, latent_cache
 from kvpatch.models import FAMILIES
 
 __all__ = [
     "Planes",
+    "frozen_table",
     "latent_architecture",
     "latent_method",
     "latent_target",
-    "placeholder_planes",
+    "native_class",
     "refuse_latents",
 ]
 
@@ -49,6 +50,11 @@ def refuse_latents(facts: ModelFacts) -> None:
         raise UsageError(
             f"this {facts.family.model_type} model cannot be converted to latents: {problem}",
             hint="Merge its KV heads instead: kvpatch gqa or kvpatch cla.",
+        )
+    if latent_architecture(facts) is None:
+        raise UsageError(
+            f"no class with latent attention holds a {facts.family.model_type} model",
+            hint="Merge its KV heads instead: kvpatch gqa.",
         )
 
 
@@ -80,20 +86,6 @@ def latent_architecture(facts: ModelFacts) -> str | None:
     sizes = [Sizes(1, 2 * len(planes))] * facts.layers
     ours = _our_class(facts, sizes, [planes] * facts.layers, range(facts.layers))
     return None if ours is None else ours.architecture
-
-
-def placeholder_planes(
-    recipe: MlaRecipe, facts: ModelFacts, sizes: Sequence[Sizes]
-) -> list[list[int]]:
-    """Planes for a plan from headers alone: those of ``stride``, else any."""
-    planes = max(rope.dim for rope in facts.ropes) // 2
-    counts = [own.rope_dims // 2 for own in sizes]
-    stride = recipe.rope_select == "stride"
-    steps = [max(1, planes // pairs) if stride and pairs else 1 for pairs in counts]
-    return [
-        [step * pair % planes for pair in range(pairs)]
-        for step, pairs in zip(steps, counts, strict=True)
-    ]
 
 
 def latent_method(
@@ -213,24 +205,11 @@ def latent_target(
     if any(list(p) != common for p in planes):
         problem = problem or "its layers keep components of different frequencies"
     if recipe.target != "kvpatch" and problem is None:
-        native = deepseek_class(
-            facts,
-            rank=sizes[0].rank,
-            planes=common,
-            nope_dim=facts.geometry.head_dim,
-            arch=recipe.arch,
-            inert="epsilon" if recipe.serving else "constant",
-            dtype=recipe.dtype,
-            largest=None,
-        )
-        assert native is not None
-        if recipe.serving:
-            _check_serving(recipe, native, facts)
+        native = native_class(recipe, facts, sizes[0].rank, common)
         more = constant_dims(recipe, native=True)
         cached = [Sizes(own.rank + more, own.rope_dims) for own in sizes]
         return native, _cache(recipe, facts, cached, sources)
     asked = {
-        "--serving": recipe.serving,
         "--target native": recipe.target == "native",
         f"--arch {recipe.arch}": recipe.arch != _DEFAULT_ARCH,
     }
@@ -241,12 +220,51 @@ def latent_target(
             hint=f"Leave {asked_for} out: a class of kvpatch holds it.",
         )
     ours = _our_class(facts, sizes, planes, sources)
-    if ours is None:
-        raise UsageError(
-            f"no class with latent attention holds a {name} model",
-            hint="Merge its KV heads instead: kvpatch gqa.",
-        )
+    assert ours is not None
     return ours, _cache(recipe, facts, sizes, sources)
+
+
+def frozen_table(facts: ModelFacts, sizes: Sequence[Sizes], sources: Sequence[int]) -> list[str]:
+    """A caveat if what loses its rotation would need another constant at other lengths.
+
+    Args:
+        facts: The source.
+        sizes: Of each layer.
+        sources: For each layer the one whose latent it reads.
+    """
+    turning = any(
+        sizes[unit[0]].rope_dims < most_dims(facts, layers=len(unit)).rope_dims
+        for unit in units_of(sources)
+    )
+    kinds = {rope.kind for rope in facts.ropes if rope.dim} - {"default"}
+    length = switching_length(facts, stock_config(facts)) if turning and kinds else None
+    if length is None:
+        return []
+    caveat = (
+        f"beyond {length:,} tokens this model has other rotary frequencies: the rotary key has "
+        "them, too, but in keys that no longer rotate one table is kept for all lengths"
+    )
+    return [caveat]
+
+
+def native_class(recipe: MlaRecipe, facts: ModelFacts, rank: int, planes: Sequence[int]) -> Target:
+    """The class of transformers that holds a result, of a model without a ``deepseek_problem``.
+
+    Raises:
+        UsageError: If the dtype cannot hold what makes the norm of its latents inert.
+    """
+    target = deepseek_class(
+        facts,
+        rank=rank,
+        planes=planes,
+        nope_dim=facts.geometry.head_dim,
+        arch=recipe.arch,
+        inert="epsilon" if recipe.serving else "constant",
+        dtype=recipe.dtype,
+        largest=None,
+    )
+    assert target is not None
+    return target
 
 
 def _our_class(
@@ -260,27 +278,6 @@ def _our_class(
         value_dim=facts.geometry.value_dim,
         kv_source_layers=sources if len(set(sources)) < facts.layers else None,
     )
-
-
-def _check_serving(recipe: MlaRecipe, target: Target, facts: ModelFacts) -> None:
-    if recipe.rope_select != "stride":  # what others choose depends on the weights
-        raise UsageError(
-            f"--serving: --rope-select {recipe.rope_select} chooses rotary frequencies that are on "
-            "no common base, and servers know no others",
-            hint="Give --rope-select stride, or leave --serving out.",
-        )
-    if BLOCKS[facts.family.model_type].query_bias(stock_config(facts)):
-        raise UsageError(
-            f"--serving: the attention of this {facts.family.model_type} model has biases, which "
-            "servers of DeepSeek models ignore",
-            hint="Leave --serving out.",
-        )
-    problems = serving_problems(target.edit(facts.config))
-    if problems:
-        raise UsageError(
-            "--serving: servers would not load the result as it should be: " + "; ".join(problems),
-            hint="Give --kv-budget 512+64 or 256+64, or leave --serving out.",
-        )
 
 
 def _cache(

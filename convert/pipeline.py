@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from convert.calibrate import Calibration
 from convert.calibrate_latent import LatentConverting, latent_unit
@@ -18,24 +20,24 @@ from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
 from convert.checkpoint.sidecars import side_files
-from convert.checkpoint.staging import MANIFEST, Staging, check_output
+from convert.checkpoint.staging import MANIFEST, Staging, check_output, unfinished
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
 from convert.execute import execute
-from convert.exporting import Export, export_of, export_unit
-from convert.facts import ModelFacts, has_latents, read_facts
-from convert.hub import Source, opened_source, user_path
+from convert.exporting import Export, examined, export_of, export_unit
+from convert.facts import has_latents, read_facts
+from convert.foreseen import foreseen
+from convert.hub import Source, fetch_source, opened_source, user_path
 from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
-from convert.opening import open_model
+from convert.opening import OpenModel, open_model
 from convert.plan import Plan, make_plan
 from convert.quantities import parse_size
 from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
 from convert.record import manifest_of
 from convert.resources import check_disk, check_ram
 from convert.scheme import Scheme, latent_scheme, method_of, scheme_of, settled
-from convert.sharing import parse_layers, uniform_plan
 from convert.signals import sigterm_unwinds
 from convert.steps import Step
 from convert.streams import Converting
@@ -77,8 +79,8 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Open the source of a recipe and plan its conversion.
 
-    Reads headers only, unless something is to be chosen by what it loses: layers that share, or a
-    split of a budget. If nothing is and no conversion follows, weights on the Hub stay there.
+    All that can be refused without weights is refused from the headers alone; weights on the Hub
+    stay there until then, and for good if nothing follows that reads them.
 
     Args:
         recipe: What to convert, how and where to.
@@ -91,50 +93,42 @@ def prepare(
     pickle = recipe.allow_pickle
     with ExitStack() as stack:
         found = opened_source(
-            recipe.source,
-            revision=recipe.revision,
-            allow_pickle=pickle,
-            whole=to_write or not recipe.planned_from_headers,
+            recipe.source, revision=recipe.revision, allow_pickle=pickle, whole=False
         )
         source = stack.enter_context(found)
         if to_write and recipe.output is not None:
             check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
-        exports = isinstance(recipe, ExportRecipe)
-        opened = open_model(source.path, latents=exports, allow_pickle=pickle, sizes=source.sizes)
-        model = stack.enter_context(opened)
-        checkpoint = model.checkpoint
-        export = export_of(recipe, model) if isinstance(recipe, ExportRecipe) else None
-        facts = model.facts if export is None else export.source.plan_facts
-        recipe = settled(recipe, facts)
-        windows = _windows(recipe, source)
-        scheme, latents = _chosen(
-            recipe, facts, checkpoint, export, windows, to_write=to_write, progress=progress
-        )
-        warnings = [*model.warnings, *scheme.warnings]
+        model = stack.enter_context(_opened(source, recipe))
+        recipe, scheme, export = _foreseen(recipe, model)
+        windows, latents = _windows(recipe, source), None
+        plan = _plan(recipe, model, scheme, windows)
+        if to_write:
+            _check_room(plan, recipe)
+        if to_write or not recipe.planned_from_headers:
+            if source.repository is not None and source.sizes is not None:
+                source = fetch_source(source.repository, revision=source.revision)
+                if recipe.output is not None:
+                    check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+                # weights tell what headers do not, such as whether two embeddings are equal
+                model = stack.enter_context(_opened(source, recipe))
+                recipe, scheme, export = _foreseen(recipe, model)
+            tokens = None if windows is None else windows.tokens
+            scheme, latents, export = _chosen(
+                recipe, model, scheme, export=export, tokens=tokens, progress=progress
+            )
+            plan = _plan(recipe, model, scheme, windows)
+        warnings = [*model.warnings, *scheme.warnings, *scheme.caveats]
         metadata: dict[str, Any] = {}
         try:
             metadata = inherited_metadata(source.path)
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
-            warnings += few_tokens(windows, facts.geometry.hidden)
-        identity = dict(scheme.result_keys)
-        if windows is not None:
-            identity["tokens"] = windows.tokens_sha256
-        plan = make_plan(
-            checkpoint,
-            facts,
-            scheme,
-            dtype=recipe.dtype,
-            max_shard_bytes=parse_size(recipe.max_shard_size),
-            windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
-            identity=identity,
-            imported=model.imported,
-        )
+            warnings += few_tokens(windows, model.facts.geometry.hidden)
         yield Prepared(
             scheme=scheme,
             source=source,
-            checkpoint=checkpoint,
+            checkpoint=model.checkpoint,
             plan=plan,
             windows=windows,
             latents=latents,
@@ -145,33 +139,72 @@ def prepare(
         )
 
 
+def _opened(source: Source, recipe: Recipe) -> AbstractContextManager[OpenModel]:
+    return open_model(
+        source.path,
+        latents=isinstance(recipe, ExportRecipe),
+        allow_pickle=recipe.allow_pickle,
+        sizes=source.sizes,
+    )
+
+
+def _foreseen(recipe: Recipe, model: OpenModel) -> tuple[Recipe, Scheme, Export | None]:
+    """The recipe with its open choices made, and what it will do, from the headers alone."""
+    if isinstance(recipe, ExportRecipe):
+        export = export_of(recipe, model)
+        return recipe, export.scheme, export
+    recipe = settled(recipe, model.facts)
+    return recipe, foreseen(recipe, model.facts), None
+
+
+def _plan(recipe: Recipe, model: OpenModel, scheme: Scheme, windows: Windows | None) -> Plan:
+    identity = dict(scheme.result_keys)
+    if windows is not None:
+        identity["tokens"] = windows.tokens_sha256
+    return make_plan(
+        model.checkpoint,
+        model.facts if model.latents is None else model.latents.plan_facts,
+        scheme,
+        dtype=recipe.dtype,
+        max_shard_bytes=parse_size(recipe.max_shard_size),
+        windows=None if windows is None else (len(windows.tokens), windows.tokens.shape[1]),
+        identity=identity,
+        imported=model.imported,
+    )
+
+
 def _chosen(
     recipe: Recipe,
-    facts: ModelFacts,
-    checkpoint: Checkpoint,
-    export: Export | None,
-    windows: Windows | None,
+    model: OpenModel,
+    scheme: Scheme,
     *,
-    to_write: bool,
+    export: Export | None,
+    tokens: Tensor | None,
     progress: Progress | None,
-) -> tuple[Scheme, LatentChoice | None]:
+) -> tuple[Scheme, LatentChoice | None, Export | None]:
     """What a conversion does, after all choices; with latents, how those were made."""
+    checkpoint, facts = model.checkpoint, model.facts
     if isinstance(recipe, ExportRecipe):
         assert export is not None
-        return export.scheme, None
-    sources = _sources(recipe, facts, checkpoint, windows)
-    if not isinstance(recipe, MlaRecipe):
-        return scheme_of(recipe, facts, sources), None
-    sizes, planes, latents = choose_latents(
-        recipe,
-        facts,
-        checkpoint,
-        sources=sources,
-        tokens=None if windows is None else windows.tokens,
-        to_write=to_write,
-        progress=lambda n: progress("looking", n, facts.layers) if progress else None,
-    )
-    return latent_scheme(recipe, facts, sizes, planes, sources), latents
+        export = examined(export, recipe, checkpoint)
+        return export.scheme, None, export
+    if isinstance(recipe, MlaRecipe):
+        sizes, latents = choose_latents(
+            recipe,
+            facts,
+            checkpoint,
+            splits=scheme.splits,
+            sources=scheme.sources,
+            tokens=tokens,
+            progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+        )
+        chosen = latent_scheme(recipe, facts, sizes, latents.planes, scheme.sources)
+        return chosen, latents, None
+    if isinstance(recipe, ClaRecipe) and recipe.layers == "auto":
+        method, share, device = method_of(recipe), recipe.share, recipe.device
+        sources = choose_plan(checkpoint, facts, method, share=share, tokens=tokens, device=device)
+        return scheme_of(recipe, facts, sources), None, None
+    return scheme, None, None
 
 
 def _windows(recipe: Recipe, source: Source) -> Windows | None:
@@ -185,27 +218,6 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
         samples=recipe.samples,
         context=recipe.context,
         seed=recipe.seed,
-    )
-
-
-def _sources(
-    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
-) -> Sequence[int]:
-    """For each layer the one whose keys and values it reads afterwards."""
-    if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
-        return range(facts.layers)
-    assert recipe.layers is not None
-    auto = isinstance(recipe, ClaRecipe)  # which knows it
-    if not isinstance(recipe, ClaRecipe) or recipe.layers != "auto":
-        span = parse_layers(recipe.layers, facts.layers, auto=auto)
-        return uniform_plan(facts, recipe.share, *span, auto=auto)
-    return choose_plan(
-        checkpoint,
-        facts,
-        method_of(recipe),
-        share=recipe.share,
-        tokens=None if windows is None else windows.tokens,
-        device=recipe.device,
     )
 
 
@@ -261,6 +273,16 @@ def convert(
             _check_staged(plan, staging.path)
             staging.publish()
     return out
+
+
+def _check_room(plan: Plan, recipe: Recipe) -> None:
+    """Refuse what is too large before weights are read; an unfinished run may hold a part of it."""
+    check_ram(plan.peak_ram, parse_size(recipe.max_ram) if recipe.max_ram else None)
+    if recipe.output is not None:
+        out = user_path(recipe.output)
+        shards = (path for folder in unfinished(out) for path in folder.glob("*.safetensors"))
+        done = sum(path.stat().st_size for path in shards)
+        check_disk(plan.output_bytes - done, out.absolute().parent)
 
 
 def obstacles(prepared: Prepared) -> list[str]:

@@ -123,6 +123,7 @@ class _Merging(_Calibrated):
 
 
 Group = Literal["adjacent", "similar"]
+RopeSelect = Literal["greedy", "per-frequency", "stride"]
 
 
 class _Grouping(_Merging):
@@ -208,8 +209,9 @@ class MlaRecipe(_Calibrated, _Latent):
     kv_budget: str | None = Field(
         None, description="Share of the source's KV cache, such as 25%, or its split, 512+64."
     )
-    rope_select: Literal["greedy", "per-frequency", "stride"] = Field(
-        "greedy", description="Which components of the keys stay rotary."
+    rope_select: RopeSelect | None = Field(
+        None,
+        description="Which components of the keys stay rotary: greedy, or stride with serving.",
     )
     per_layer: bool = Field(
         False, description="Give each layer as much of a budget as predicted losses say."
@@ -221,9 +223,9 @@ class MlaRecipe(_Calibrated, _Latent):
     target: TargetName | None = TARGET
 
     @property
-    def planned_from_headers(self) -> bool:
-        """How a share of the cache is split depends on what each split would lose."""
-        return self.kv_budget is None or isinstance(parse_budget(self.kv_budget), tuple)
+    def selection(self) -> RopeSelect:
+        """What stays rotary; servers know no other frequencies than those of ``stride``."""
+        return self.rope_select or ("stride" if self.serving else "greedy")
 
     @model_validator(mode="after")
     def _sizes_are_given(self) -> Self:

@@ -53,6 +53,7 @@ def manifest_of(
         },
         "layers": sorted(results, key=lambda result: result["layer"]),
         "evaluations": [],
+        **({"caveats": list(prepared.scheme.caveats)} if prepared.scheme.caveats else {}),
         **({} if export is None else {"lineage": _lineage(export.earlier, sources)}),
     }
 

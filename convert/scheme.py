@@ -9,11 +9,12 @@ from typing import Any
 
 from convert.facts import ModelFacts
 from convert.latent_sizes import Sizes
-from convert.latents import Planes, latent_method, latent_target, refuse_latents
+from convert.latents import Planes, frozen_table, latent_method, latent_target, refuse_latents
 from convert.methods import Method
 from convert.methods.pool import pooling
 from convert.methods.svd import svd_merge
 from convert.recipe import ClaRecipe, ExportRecipe, GqaRecipe, MlaRecipe, MqaRecipe, Recipe
+from convert.serving_sizes import refuse_serving
 from convert.targets import Target, targets_for
 from kvpatch.errors import UsageError
 from kvpatch.memory import KVCache
@@ -46,6 +47,9 @@ class Scheme:
         cache: KV cache of the result.
         before: KV cache of the source; None where it is that of its KV heads.
         warnings: What the user should know.
+        caveats: What everybody who runs the result should know; the card says it, too.
+        splits: Before the sizes of latents are chosen, those between which to choose; a single one
+            where they are given.
     """
 
     recipe: Recipe
@@ -58,6 +62,8 @@ class Scheme:
     cache: KVCache
     before: KVCache | None = None
     warnings: tuple[str, ...]
+    caveats: tuple[str, ...] = ()
+    splits: tuple[Sizes, ...] = ()
 
     @property
     def result_keys(self) -> dict[str, Any]:
@@ -121,6 +127,7 @@ def settled(recipe: Recipe, facts: ModelFacts) -> Recipe:
 
 def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
     refuse_latents(facts)
+    refuse_serving(recipe, facts)
     if facts.qk_norm is not None and recipe.share is not None:
         raise UsageError(
             f"--share {recipe.share} does not work here: this {facts.family.model_type} model "
@@ -130,6 +137,7 @@ def _latent_choices(recipe: MlaRecipe, facts: ModelFacts) -> dict[str, Any]:
         )
     return {
         "refit": recipe.refit or ("none" if recipe.calibration is None else "qo"),
+        "rope_select": recipe.selection,
         "target": recipe.target if recipe.uneven is None else "kvpatch",
         "layers": recipe.layers if recipe.share is None else recipe.layers or ":",
     }
@@ -264,6 +272,7 @@ def latent_scheme(
         scales=facts.key_scales,
         cache=cache,
         warnings=tuple(_latent_warnings(recipe, facts, target, cache)),
+        caveats=tuple(frozen_table(facts, sizes, sources)),
     )
 
 

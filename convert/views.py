@@ -10,6 +10,7 @@ from typing import Any
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
+from convert.recipe import MlaRecipe
 from convert.tables import retrieval_heading, retrieval_tables, task_table
 from convert.targets.serving import server_notes
 from kvpatch.memory import format_bytes
@@ -126,7 +127,7 @@ def _added(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def _latent(prepared: Prepared) -> dict[str, Any] | None:
-    """Sizes of the latents of a result, and which servers load it."""
+    """Sizes of the latents of a result, what of them is open, and which servers load it."""
     sizes = prepared.scheme.latent
     if sizes is None:
         return None
@@ -134,7 +135,19 @@ def _latent(prepared: Prepared) -> dict[str, Any] | None:
     notes = {}
     if target.name == "native":
         notes = server_notes(target.edit(prepared.checkpoint.config))
-    return {**sizes, "servers": notes}
+    return {**sizes, **_open(prepared), "servers": notes}
+
+
+def _open(prepared: Prepared) -> dict[str, Any]:
+    """What a run chooses by what it would lose, where the plan shows the largest that is possible.
+
+    The splits of a budget, each rank and rotary dims, and whether each layer gets its own.
+    """
+    splits, recipe = prepared.scheme.splits, prepared.recipe
+    per_layer = isinstance(recipe, MlaRecipe) and recipe.per_layer
+    if len(splits) < 2 and not (splits and per_layer):
+        return {}
+    return {"splits": [[own.rank, own.rope_dims] for own in splits], "per_layer": per_layer}
 
 
 def print_plan(data: Mapping[str, Any], console: Console) -> None:
@@ -171,6 +184,8 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
         numeric=2,
     )
     console.line("")
+    if latent is not None and "splits" in latent:
+        console.line(_choice(latent))
     sources = data["kv_source_layers"]
     if len(set(sources)) < len(sources):
         console.line(f"layers that share: {_groups(sources)}")
@@ -189,6 +204,13 @@ def _sizes(latent: Mapping[str, Any]) -> str:
         return f"latent of {latent['rank']}, rotary key of {latent['rope_dims']}{scales}"
     each = (f"{own}+{rope}" for own, rope in zip(latent["rank"], latent["rope_dims"], strict=True))
     return f"latent and rotary key of each layer: {', '.join(each)}{scales}"
+
+
+def _choice(latent: Mapping[str, Any]) -> str:
+    if latent["per_layer"]:
+        return "open until it runs: sizes of each layer, by what it loses; shown are equal ones"
+    splits = ", ".join(f"{rank}+{rope}" for rank, rope in latent["splits"])
+    return f"open until it runs: which split loses least, {splits}; shown is the last, the largest"
 
 
 def _tensor_rows(data: Mapping[str, Any], each: bool) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from convert.checkpoint.reader import Checkpoint
 from tests.kernels.interpreter import import_triton
 
 torch.set_num_threads(1)
@@ -25,6 +26,17 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real checkpoints are not at hand ({REAL_DATA.name} is missing)")
     return REAL_DATA
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes whatever reads a weight a bug, which ends with exit code 1."""
+
+    def read(*_: object) -> None:
+        raise AssertionError("a weight is read")
+
+    for name in ("read", "chunks", "sha256"):
+        monkeypatch.setattr(Checkpoint, name, read)
 
 
 @pytest.fixture(scope="session")

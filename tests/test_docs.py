@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import runpy
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import typer
 
 import kvpatch.errors
-from convert.cli import app
 from convert.targets import serving
 from tests.documents import DOCS, PAGES, ROOT, blocks, commands, prose, spans
 from tests.faults.running import cli
+from tests.flags import COMMANDS, flags_of
+from tests.messages import texts
 
 _SHELL = {"console", "bash", "sh"}
 # flags of other programs that the pages name
 _OF_OTHERS = {"--config_file"}
-_COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def _name(page: Path) -> str:
@@ -49,7 +46,7 @@ def _all_commands() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("page", "words"), list(_all_commands()), ids=str)
 def test_commands_are_understood(page: str, words: list[str]) -> None:
     """Every flag exists, has a value of its type, and none is missing."""
-    _COMMANDS[words[0]].make_context(words[0], words[1:])
+    COMMANDS[words[0]].make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -58,15 +55,10 @@ def test_commands_in_prose_exist(page: Path) -> None:
         words = span.split()
         flags = {re.sub(r"=.*|[.,;:]$", "", word) for word in words if word.startswith("--")}
         if words[:1] == ["kvpatch"] and len(words) > 1:
-            assert words[1] in _COMMANDS, span
-            assert flags <= _flags(words[1]), span
+            assert words[1] in COMMANDS, span
+            assert flags <= flags_of(words[1]), span
         elif not words[0].startswith(("accelerate", "pip", "hf", "python")):
-            assert flags <= set.union(*map(_flags, _COMMANDS)) | _OF_OTHERS, span
-
-
-def _flags(command: str) -> set[str]:
-    own = {flag for p in _COMMANDS[command].params for flag in (*p.opts, *p.secondary_opts)}
-    return own | {"--help"}
+            assert flags <= set.union(*map(flags_of, COMMANDS)) | _OF_OTHERS, span
 
 
 _RUNNING = [page for page in PAGES if any(block.runs for block in blocks(page))]
@@ -128,47 +120,6 @@ def test_mathematics_survives_markdown(page: Path) -> None:
         assert formula.count("{") == formula.count("}"), formula
 
 
-class _Text(NamedTuple):
-    """A text in the source; what is filled in is a null.
-
-    Args:
-        text: Itself.
-        file: Where it stands.
-        error: Class of the error that has it as its message, or nothing.
-    """
-
-    text: str
-    file: str
-    error: str = ""
-
-
-@cache
-def _texts() -> list[_Text]:
-    found = []
-    for path in (p for package in ("convert", "kvpatch") for p in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant | ast.JoinedStr):
-                found.append(_Text(_text(node), _name(path)))
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                found.append(_Text(_text(node.args[0]), _name(path), node.func.id))
-    return found
-
-
-def _text(node: ast.expr) -> str:
-    match node:
-        case ast.Constant(value=str(text)):
-            return re.sub(r"\{\w+\}", "\0", text)
-        case ast.JoinedStr(values=parts):
-            return "".join(_text(part) for part in parts)
-        case ast.BinOp(left=left, right=right):
-            return _text(left) + _text(right)
-        case ast.FormattedValue(value=ast.Name(id="MANIFEST")):
-            return "kvpatch.json"
-        case ast.FormattedValue(value=ast.Name(id="FUSED")):
-            return "kvpatch_triton"
-    return "\0"
-
-
 _TROUBLE = (ROOT / "docs/troubleshooting.md").read_text()
 _SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", _TROUBLE, re.MULTILINE | re.DOTALL))
 # where messages are put together before they are raised
@@ -180,15 +131,15 @@ def test_messages_are_those_of_the_source(title: str) -> None:
     code = int(found[1]) if (found := re.match(r"Exit codes? (\d+)", title)) else None
     raised = {name for name in kvpatch.errors.__all__ if _exit_code(name) == code}
     anywhere, put_together = code in {None, 130}, _PUT_TOGETHER.get(code or 0)
-    texts = [
+    said = [
         text
-        for text, file, error in _texts()
+        for text, file, error in texts()
         if anywhere or file == put_together or error in raised - {"KvpatchError"}
     ]
     shown = re.findall(r"^\| `(.+?)` \|", _SECTIONS[title], re.MULTILINE)
     for message in shown:
         pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL)
-        assert any(pattern.fullmatch(" ".join(text.split())) for text in texts), message
+        assert any(pattern.fullmatch(" ".join(text.split())) for text in said), message
     assert shown
 
 

@@ -79,7 +79,7 @@ def test_both_sizes_as_a_budget_are_the_same_conversion(source: Source, tmp_path
 
 def test_serving_writes_what_servers_load(source: Source, tmp_path: Path) -> None:
     """One KV head: the rotary key is all of it, and a latent of the input's width all else."""
-    flags = ("--serving", "--kv-budget", "256+64", "--rope-select", "stride")
+    flags = ("--serving", "--kv-budget", "256+64")
     with real_float64():
         out = done(source("wide"), tmp_path / "out", *flags)
     config = read_json(out / "config.json")
@@ -113,6 +113,34 @@ def test_a_plan_says_what_the_result_is(source: Source, tmp_path: Path) -> None:
     assert planned == {name: list(tensor.shape) for name, tensor in tensors.items()}
     cache = read_manifest(out)["kv_cache"]
     assert cache["bytes_per_token"] == data["kv_bytes_per_token"]
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_plan_of_a_share_shows_the_largest_split(source: Source, tmp_path: Path) -> None:
+    def plan(budget: str) -> dict[str, Any]:
+        run = mla(source("llama"), tmp_path / "out", "--kv-budget", budget, "--dry-run", "--json")
+        shown: dict[str, Any] = json.loads(run.out)
+        return shown
+
+    whole = plan("25%")
+    splits = [tuple(split) for split in whole["latent"]["splits"]]
+    assert len(splits) == 5
+    assert (whole["latent"]["rank"], whole["latent"]["rope_dims"]) == splits[-1]
+    for rank, rope in splits:
+        given = plan(f"{rank}+{rope}")
+        assert given["kv_bytes_per_token"] == whole["kv_bytes_per_token"]
+        assert given["bytes"][1] <= whole["bytes"][1]
+        assert given["peak_ram"] <= whole["peak_ram"]
+        assert "splits" not in given["latent"]
+    people = mla(source("llama"), tmp_path / "out", "--kv-budget", "25%", "--dry-run").out
+    assert "open until it runs: which split loses least, 27+4, 23+8, " in people
+
+
+def test_what_was_open_is_chosen(source: Source, tmp_path: Path) -> None:
+    flags = ("--kv-budget", "25%")
+    plan = json.loads(mla(source("llama"), tmp_path / "a", *flags, "--dry-run", "--json").out)
+    sizes = read_manifest(done(source("llama"), tmp_path / "b", *flags))["kv_cache"]["latent"]
+    assert [sizes["rank"], sizes["rope_dims"]] in plan["latent"]["splits"]
 
 
 def test_a_plan_for_people(source: Source, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from convert.checkpoint.writer import FileRecord, full_disk_is_our_error
 from kvpatch import __version__
 from kvpatch.errors import OutputError, UntrustedSourceError, UsageError
 
-__all__ = ["MANIFEST", "Staging", "check_output"]
+__all__ = ["MANIFEST", "Staging", "check_output", "unfinished"]
 
 MANIFEST = "kvpatch.json"
 _JOURNAL = ".journal.jsonl"
@@ -53,6 +53,11 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     parent = next(path for path in (target.parent, *target.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {parent}, which is to hold the output")
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Staging folders that unfinished conversions to an output left."""
+    return sorted(out.absolute().parent.glob(f".{out.absolute().name}.partial-*"))
 
 
 def _check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -132,8 +137,7 @@ class Staging:
     @property
     def leftovers(self) -> list[Path]:
         """Staging folders that other, unfinished conversions to this output left."""
-        pattern = f".{self.out.name}.partial-*"
-        return sorted(p for p in self.out.parent.glob(pattern) if p != self.path)
+        return [folder for folder in unfinished(self.out) if folder != self.path]
 
     def record(self, file: str, record: FileRecord, results: list[dict[str, Any]]) -> None:
         """Journal a finished shard with the results of its layers, durably."""

@@ -23,7 +23,13 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians count.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="Dtype to run in; float32 on the CPU.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype to run in: float32, bfloat16, float16 or float64; default: float32 on the "
+            "CPU, else the model's."
+        ),
+    ] = None,
     patched: Annotated[
         bool | None,
         typer.Option(

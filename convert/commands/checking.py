@@ -29,10 +29,14 @@ def inspect(
     heads: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Without SRC: query heads.")
     ] = None,
-    head_dim: Annotated[int | None, typer.Option(min=1, help="Without SRC: head width.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Without SRC: KV heads.")] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(min=1, help="Without SRC: head width, in dims.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Without SRC: KV heads; default: as many as --heads.")
+    ] = None,
     value_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Without SRC: bytes of a number; default 2.")
+        int | None, typer.Option(min=1, help="Without SRC: bytes of a number; default: 2.")
     ] = None,
     revision: Revision = None,
     json: Json = False,

@@ -53,7 +53,10 @@ def gqa(
     merge: Merge = "mean",
     group: Annotated[
         str | None,
-        typer.Option(help="Which heads become one: adjacent, or similar with --merge svd."),
+        typer.Option(
+            help="Which heads become one: adjacent, or similar with --merge svd; default: similar "
+            "if it goes and there is a --calibration, else adjacent."
+        ),
     ] = None,
     refit: Refit = None,
     calibration: CalibrationText = None,
@@ -127,15 +130,22 @@ def cla(
     output: Output,
     share: Annotated[int, typer.Option(help="Layers for each set of keys and values.")],
     kv_heads: Annotated[
-        int | None, typer.Option(help="KV heads of each layer afterwards; as many as before.")
+        int | None,
+        typer.Option(help="KV heads of each layer afterwards; default: as many as before."),
     ] = None,
     layers: Annotated[
         str,
-        typer.Option(help="Layers that take part, FIRST:END; auto chooses those that lose least."),
+        typer.Option(
+            help="Layers that take part, FIRST:END, where : is all; auto chooses those that lose "
+            "least."
+        ),
     ] = ":",
     merge: Merge = "mean",
     match: Annotated[
-        bool, typer.Option("--match/--no-match", help="With --merge svd: pair heads of layers.")
+        bool,
+        typer.Option(
+            "--match/--no-match", help="With --merge svd: pair heads of layers by what they lose."
+        ),
     ] = True,
     refit: Refit = None,
     calibration: CalibrationText = None,
@@ -171,28 +181,45 @@ def cla(
 def mla(
     source: Source,
     output: Output,
-    rank: Annotated[int | None, typer.Option(help="Dims of the latent.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Dims of the latent; --rope-dims goes with it.")
+    ] = None,
     rope_dims: Annotated[
         int | None, typer.Option(help="Dims of the rotary key that all heads share; even.")
     ] = None,
     kv_budget: Annotated[
         str | None,
-        typer.Option(help="Instead: share of the KV cache, 25%, or both sizes, 512+64."),
+        typer.Option(
+            help="In place of both: share of the source's KV cache, such as 25%, or rank and "
+            "rotary dims, such as 512+64."
+        ),
     ] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
-            "--per-layer", help="Give each layer its part of --kv-budget by what it loses."
+            "--per-layer",
+            help="Divide a --kv-budget such as 25% among the layers by what they would lose.",
         ),
     ] = False,
-    share: Annotated[int | None, typer.Option(help="Layers for each latent.")] = None,
+    share: Annotated[int | None, typer.Option(help="Layers for each latent; default: 1.")] = None,
     layers: Annotated[
-        str | None, typer.Option(help="With --share: layers that take part, FIRST:END.")
+        str | None,
+        typer.Option(help="With --share: layers that take part, FIRST:END; default: all."),
     ] = None,
     rope_select: Annotated[
-        str, typer.Option(help="What stays rotary: greedy, per-frequency or stride.")
-    ] = "greedy",
-    refit: Refit = None,
+        str | None,
+        typer.Option(
+            help="What stays rotary: greedy, per-frequency or stride; default: greedy, or stride "
+            "with --serving."
+        ),
+    ] = None,
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="Least squares afterwards: none, q, o or qo; default: qo with --calibration, else "
+            "none."
+        ),
+    ] = None,
     calibration: CalibrationText = None,
     samples: Samples = 96,
     context: Context = None,

@@ -41,33 +41,48 @@ Output = Annotated[str, typer.Argument(metavar="OUT", help="Folder to make; must
 Merge = Annotated[str, typer.Option(help="How KV heads become one: mean, first or svd.")]
 Refit = Annotated[
     str | None,
-    typer.Option(help="Least squares after merging: none, q, o or qo; qo with --merge svd."),
+    typer.Option(
+        help="Least squares after merging, with --calibration: none, q, o or qo; default: qo with "
+        "--merge svd (o if queries and keys have a norm), else none."
+    ),
 ]
 CalibrationText = Annotated[
     str | None, typer.Option("--calibration", help="Text, jsonl or parquet file to calibrate on.")
 ]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Context = Annotated[int | None, typer.Option(help="Tokens of a calibration window; default 512.")]
+Samples = Annotated[int, typer.Option(help="Number of calibration windows.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a calibration window; default: 512, or the model's limit if less."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
 Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda, cuda:1, ...")]
 TargetClass = Annotated[
     str | None,
     typer.Option(
-        "--target", help="Class to write: native (of transformers, where one fits) or kvpatch."
+        "--target",
+        help="Class to write: native (of transformers) or kvpatch; default: native where one fits.",
     ),
 ]
 Arch = Annotated[str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")]
 Serving = Annotated[
     bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a Hub source; default: its main branch."),
+]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Dtype to write: float32, bfloat16 or float16; else the source's."),
+    typer.Option(help="Dtype to write: float32, bfloat16 or float16; default: the source's."),
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file.")]
-MaxRam = Annotated[str | None, typer.Option(help="Refuse to start if more memory is needed.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan from headers alone.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(help="Refuse to start if more memory is needed, such as 16GB; default: no limit."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")
 ]

@@ -35,13 +35,13 @@ def eval(  # noqa: A001 - the command's name
     ] = None,
     against: Annotated[str | None, typer.Option(help="The source, to compare with.")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Text: tokens of a window; default 512.")
+        int | None, typer.Option(help="Text: tokens of a window; default: 512.")
     ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Text: tokens between windows; default: no overlap.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Text: use the first windows only.")
+        int | None, typer.Option(min=1, help="Text: windows from its start; default: all.")
     ] = None,
     lengths: Annotated[
         str | None,
@@ -54,26 +54,36 @@ def eval(  # noqa: A001 - the command's name
         ),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Retrieval: number of keys; default 20.")
+        int | None, typer.Option(min=1, help="Retrieval: number of keys; default: 20.")
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="Retrieval: keys of digits or words; default: digits.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Retrieval: draws keys and texts; default 0.")
+        int | None, typer.Option(min=0, help="Retrieval: draws keys and texts; default: 0.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Tasks: ask only the first questions of each.")
+        int | None, typer.Option(min=1, help="Tasks: first questions of each; default: all.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Tasks: solved examples before each question.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tasks: solved examples before each question; default: the task's own number.",
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Tasks: folder with more of them.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="Dtype to run in; float32 on the CPU.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype to run in: float32, bfloat16, float16 or float64; default: float32 on the "
+            "CPU, else the model's."
+        ),
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Write the result into MODEL's card and kvpatch.json.")
     ] = False,

@@ -32,21 +32,25 @@ def uptrain(
     tokens: Annotated[str, typer.Option(help="Tokens to train on, such as 300k or 1.5M.")],
     teacher: Annotated[
         str | None,
-        typer.Option(help="Model to learn from; what OUT was made from, if that was on the Hub."),
+        typer.Option(
+            help="Model to learn from; default: what OUT was made from, if it was on the Hub."
+        ),
     ] = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Text, jsonl or parquet file to measure on meanwhile.")
     ] = None,
-    eval_samples: Annotated[int, typer.Option(help="Sequences of it.")] = 32,
+    eval_samples: Annotated[int, typer.Option(help="Sequences of --eval-text to measure on.")] = 32,
     eval_every: Annotated[
-        str | None, typer.Option(help="Tokens between measurements; a twentieth of all.")
+        str | None, typer.Option(help="Tokens between measurements; default: a twentieth of all.")
     ] = None,
     kl_target: Annotated[
-        float | None, typer.Option(help="Stop once the measured KL is not above this, in nats.")
+        float | None,
+        typer.Option(help="Stop once the KL on --eval-text is not above this, in nats per token."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences in one forward pass of one device.")] = 8,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; 512 or the model's limit.")
+        int | None,
+        typer.Option(help="Tokens of a sequence; default: 512, or the model's limit if less."),
     ] = None,
     grad_accumulation: Annotated[int, typer.Option(help="Forward passes for each step.")] = 1,
     lr: Annotated[
@@ -67,16 +71,17 @@ def uptrain(
         float, typer.Option(help="Share of the steps in the first phase, if there are two.")
     ] = 0.2,
     lora: Annotated[
-        int | None, typer.Option(help="Rank of adapters, merged at the end; else all weights.")
+        int | None,
+        typer.Option(help="Rank of adapters, merged at the end; default: none, all weights."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="bf16 or fp32; bf16 on GPUs and fp32 on CPUs.")
+        str | None, typer.Option(help="bf16 or fp32; default: bf16 on GPUs and fp32 on CPUs.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more arithmetic.")
     ] = False,
     checkpoint_every: Annotated[
-        str | None, typer.Option(help="Tokens between checkpoints; a twentieth of all.")
+        str | None, typer.Option(help="Tokens between checkpoints; default: a twentieth of all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Order of the text, and dropout.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

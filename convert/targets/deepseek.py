@@ -21,7 +21,12 @@ from convert.families.naming import layer_and_rest
 from convert.targets.deepseek_layer import INPUT_NORM, InertForm, Layout, written
 from convert.targets.dense_blocks import BLOCKS, block_problem, stock_config
 from convert.targets.inert import EPSILON, constant_norm, epsilon_norm
-from convert.targets.rope_tables import rope_keys, rope_problem, rope_table
+from convert.targets.rope_tables import (
+    rope_keys,
+    rope_problem,
+    rope_table,
+    switching_length,
+)
 from convert.targets.target import Rewrite, Target
 from kvpatch.errors import InputModelError
 
@@ -40,8 +45,20 @@ def deepseek_problem(facts: ModelFacts, planes: Sequence[int]) -> str | None:
         facts: The source.
         planes: Source plane of each rotary pair.
     """
-    problem = block_problem(facts) or rope_problem(facts)
+    problem = block_problem(facts) or rope_problem(facts) or _cache_problem(facts)
     return problem or (None if planes else "no rotary pair is kept, and the class needs one")
+
+
+def _cache_problem(facts: ModelFacts) -> str | None:
+    if not BLOCKS[facts.family.model_type].renews_cache:
+        return None
+    length = switching_length(facts, stock_config(facts))
+    if length is None:
+        return None
+    return (
+        f"beyond {length:,} tokens it has other rotary frequencies, and its class then computes "
+        "all cached keys anew, as no class with latents of transformers does"
+    )
 
 
 def deepseek_class(
@@ -113,7 +130,7 @@ def deepseek_class(
         **_sizes(facts, stock, layout),
         "rms_norm_eps": EPSILON if inert == "epsilon" else eps,
         "tie_word_embeddings": outside.stays_tied,
-        **rope_keys(table, planes, context=facts.context),
+        **rope_keys(table, planes),
         **(_all_dense(stock) if arch == "deepseek_v3" else _YOUTU),
     }
     return Target(

@@ -33,6 +33,8 @@ class Block:
         logits: Factor on the logits.
         query_bias: Whether the queries have a bias.
         mlp_bias: Whether the MLP has biases.
+        renews_cache: Whether generation computes the whole cache anew where the rotary table of the
+            model changes with the length, as DeepSeek's class does not.
     """
 
     norm_plus_one: bool = False
@@ -41,6 +43,7 @@ class Block:
     logits: Callable[[Any], float] = _one
     query_bias: Callable[[Any], bool] = lambda config: bool(getattr(config, "attention_bias", 0))
     mlp_bias: Callable[[Any], bool] = lambda config: bool(getattr(config, "mlp_bias", 0))
+    renews_cache: bool = False
 
 
 BLOCKS: Mapping[str, Block] = {
@@ -48,7 +51,7 @@ BLOCKS: Mapping[str, Block] = {
     "mistral": Block(),
     "qwen2": Block(query_bias=lambda _: True),
     "gemma": Block(norm_plus_one=True, embedding=lambda config: float(config.hidden_size**0.5)),
-    "phi3": Block(),
+    "phi3": Block(renews_cache=True),
     "granite": Block(
         embedding=lambda config: float(config.embedding_multiplier),
         residual=lambda config: float(config.residual_multiplier),

@@ -18,7 +18,7 @@ from convert.facts import ModelFacts
 from convert.layer import Rope
 from kvpatch.errors import InputModelError
 
-__all__ = ["RopeTable", "rope_keys", "rope_problem", "rope_table"]
+__all__ = ["RopeTable", "rope_keys", "rope_problem", "rope_table", "switching_length"]
 
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 _TOLERANCE = 2.0**-19  # of frequencies in float32 on a common grid, relative
@@ -84,8 +84,9 @@ def rope_table(facts: ModelFacts, stock: Any, number: int | None = None) -> Rope
         short, factor = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", **own)
         long = short
         if rope.kind == "longrope":
-            original = int(stock.rope_parameters["original_max_position_embeddings"])
-            long, _ = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", seq_len=original + 1)
+            parameters = stock.rope_parameters[own["layer_type"]] if own else stock.rope_parameters
+            original = int(parameters["original_max_position_embeddings"])
+            long, _ = ROPE_INIT_FUNCTIONS[rope.kind](stock, "cpu", seq_len=original + 1, **own)
     for frequencies in (short, long):
         if len(frequencies) != planes:
             raise InputModelError(
@@ -96,13 +97,39 @@ def rope_table(facts: ModelFacts, stock: Any, number: int | None = None) -> Rope
     )
 
 
+def switching_length(facts: ModelFacts, stock: Any) -> int | None:
+    """Tokens beyond which a model has other frequencies; None if it has the same for all lengths.
+
+    Keys that were cached before stay as they were turned, unless its class computes them anew.
+
+    Args:
+        facts: The source.
+        stock: Its configuration object of transformers.
+    """
+    lengths = {
+        rope: _switch(rope, facts, stock, number)
+        for number, rope in enumerate(facts.ropes)
+        if rope.dim
+    }
+    return min((length for length in lengths.values() if length is not None), default=None)
+
+
+def _switch(rope: Rope, facts: ModelFacts, stock: Any, number: int) -> int | None:
+    if rope.kind == "dynamic":
+        return facts.context
+    if rope.kind != "longrope":
+        return None
+    table = rope_table(facts, stock, number)
+    return None if torch.equal(table.short, table.long) else table.original
+
+
 def _own_table(stock: Any, number: int) -> dict[str, str]:
     """What names the table of a layer, where layers of different kinds have their own."""
     kinds = getattr(stock, "layer_types", None)
     return {"layer_type": kinds[number]} if kinds and kinds[number] in stock.rope_parameters else {}
 
 
-def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[str, Any]:
+def rope_keys(table: RopeTable, planes: Sequence[int]) -> dict[str, Any]:
     """Config keys with which pair i has the frequency of plane ``planes[i]``.
 
     The kind is ``default`` where the frequencies are ``theta' ** (-i / pairs)`` for one theta',
@@ -112,7 +139,6 @@ def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[
     Args:
         table: Frequencies of the source.
         planes: Plane of each pair.
-        context: Longest sequence of the model, in tokens.
     """
     order = torch.tensor(planes)
     short, long = table.short[order].double(), table.long[order].double()
@@ -128,7 +154,7 @@ def rope_keys(table: RopeTable, planes: Sequence[int], *, context: int) -> dict[
             "long_factor": long.reciprocal().tolist(),
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": min(table.original, context),
+            "original_max_position_embeddings": table.original,
         }
     }
 

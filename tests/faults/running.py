@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from convert.cli import app
+from tests.flags import unknown_flags
 
 __all__ = [
     "Child",
@@ -66,14 +66,7 @@ def cli(arguments: list[str]) -> Run:
 def _check_hints(arguments: list[str], said: str) -> None:
     """A hint must name flags of the command at hand only, or of the one that it names."""
     for hint in re.findall(r"^hint: (.*)", said, re.MULTILINE):
-        commands, name = get_command(app).commands, arguments[0]
-        for part in re.split(r"(?=kvpatch \w)", hint):
-            named = re.match(r"kvpatch (\w+)", part)
-            name = named[1] if named and named[1] in commands else name
-            flags = {flag for option in commands[name].params for flag in option.opts}
-            flags |= {flag for option in commands[name].params for flag in option.secondary_opts}
-            advised = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", part))
-            assert name == "run" or advised <= flags, f"kvpatch {name} has no such flag: {hint}"
+        assert arguments[0] == "run" or not unknown_flags(arguments[0], hint), hint
 
 
 class Child:

@@ -59,8 +59,9 @@ def _weights_sent(hub: Hub) -> dict[str, int]:
         ["gqa", "--kv-heads", "2"],
         ["cla", "--share", "2"],
         ["mla", "--kv-budget", "16+4"],
+        ["mla", "--kv-budget", "25%"],
     ],
-    ids=lambda command: command[0],
+    ids=" ".join,
 )
 def test_the_plan_needs_the_headers_alone(
     client: Client, hub: Hub, folder: Path, tmp_path: Path, command: list[str]
@@ -88,7 +89,24 @@ def test_what_is_chosen_by_its_loss_needs_the_weights(
     plan = _plan(client(["cla", REPOSITORY, *flags]))
     local = _plan(cli(["cla", str(folder), *flags]))
     assert plan["kv_source_layers"] == local["kv_source_layers"]
-    assert _weights_sent(hub) == {p.name: p.stat().st_size for p in folder.glob("*.safetensors")}
+    _assert_fetched_after_the_headers(hub, folder)
+
+
+def test_what_is_refused_is_not_fetched(client: Client, hub: Hub, tmp_path: Path) -> None:
+    run = client(["gqa", REPOSITORY, str(tmp_path / "out"), "--kv-heads", "3"])
+    assert run.code == 2
+    assert all(size <= 2 * BLOCK for size in _weights_sent(hub).values())
+    assert not list(client.cache.rglob("*.safetensors"))
+
+
+def _assert_fetched_after_the_headers(hub: Hub, folder: Path) -> None:
+    """Whole weights were sent once, and before that no more than their headers."""
+    sizes, sent = (
+        {p.name: p.stat().st_size for p in folder.glob("*.safetensors")},
+        _weights_sent(hub),
+    )
+    assert sent.keys() == sizes.keys()
+    assert all(0 < sent[name] - size <= 2 * BLOCK for name, size in sizes.items())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +118,7 @@ def test_what_is_chosen_by_its_loss_needs_the_weights(
         ({"method": "cla", "share": 2, "layers": "auto"}, False),
         ({"method": "mla", "rank": 16, "rope_dims": 4}, True),
         ({"method": "mla", "kv_budget": "16+4"}, True),
-        ({"method": "mla", "kv_budget": "25%"}, False),
+        ({"method": "mla", "kv_budget": "25%"}, True),
         ({"method": "export", "target": "native"}, False),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",

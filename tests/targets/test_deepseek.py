@@ -154,7 +154,7 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {
 @pytest.mark.parametrize("inert", ["constant", "epsilon"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*(("llama", kind) for kind in _ROPES), ("phi3", "longrope"), ("glm:nobias-tied", "yarn")],
+    [*(("llama", kind) for kind in _ROPES), ("mistral", "longrope"), ("glm:nobias-tied", "yarn")],
 )
 def test_scaled_positions_are_a_list_of_frequencies(
     tmp_path: Path, name: str, kind: str, inert: str
@@ -162,8 +162,6 @@ def test_scaled_positions_are_a_list_of_frequencies(
     rope = {"rope_theta": 300.0, **_ROPES[kind]}
     rope |= {"partial_rotary_factor": 0.5} if name.startswith("glm") else {}
     keys: dict[str, Any] = {"rope_parameters": rope, "head_dim": 12}
-    if name == "phi3":  # whose own key says it
-        keys["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
     source = save(tmp_path / "source", name, **keys)
     result = write_latent(source, tmp_path / "out", inert=inert)
     for tokens in (9, 16, 17, 40):
@@ -172,6 +170,15 @@ def test_scaled_positions_are_a_list_of_frequencies(
     assert parameters["rope_type"] == "longrope"
     scaled = parameters["short_factor"] != parameters["long_factor"]
     assert scaled == (kind == "longrope")
+
+
+def test_frequencies_change_where_those_of_the_source_do(tmp_path: Path) -> None:
+    """Also if that is beyond the 64 tokens that the model was made for."""
+    rope = {"rope_theta": 300.0, **_ROPES["longrope"], "original_max_position_embeddings": 100}
+    source = save(tmp_path / "source", "llama", rope_parameters=rope, head_dim=12)
+    result = write_latent(source, tmp_path / "out")
+    for tokens in (64, 65, 100, 101):
+        assert_same(source, result, tokens=tokens)
 
 
 @pytest.mark.parametrize(
