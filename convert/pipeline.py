@@ -39,7 +39,7 @@ from convert.steps import Step
 from convert.streams import Converting
 from convert.targets.native import config_json, index_json, with_dtype
 from convert.texts import Windows, few_tokens, windows_from
-from kvpatch.errors import KvpatchError, UsageError, VerificationError
+from kvpatch.errors import InputModelError, KvpatchError, UsageError, VerificationError
 from kvpatch.models import source_files
 
 __all__ = ["Prepared", "convert", "obstacles", "prepare"]
@@ -103,7 +103,7 @@ def prepare(
         export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
-        windows = _windows(recipe, source)
+        windows = _windows(recipe, source, checkpoint, facts)
         scheme, latents = _chosen(
             recipe, facts, checkpoint, export, windows, to_write=to_write, progress=progress
         )
@@ -114,7 +114,7 @@ def prepare(
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
-            warnings += few_tokens(windows, facts.geometry.hidden)
+            warnings += [*windows.warnings, *few_tokens(windows, facts.geometry.hidden)]
         identity = dict(scheme.result_keys)
         if windows is not None:
             identity["tokens"] = windows.tokens_sha256
@@ -176,14 +176,20 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
     return with_stored_names(facts, checkpoint.tensors)
 
 
-def _windows(recipe: Recipe, source: Source) -> Windows | None:
+def _windows(
+    recipe: Recipe, source: Source, checkpoint: Checkpoint, facts: ModelFacts
+) -> Windows | None:
     if isinstance(recipe, ExportRecipe) or recipe.calibration is None:
         return None
     check_device(recipe.device)
     assert recipe.context is not None
+    table = checkpoint.tensors.get(facts.family.embedding)
+    if table is None:
+        raise InputModelError(f"{source.path} has no {facts.family.embedding}")
     return windows_from(
         source.path,
         user_path(recipe.calibration),
+        rows=table.shape[0],
         samples=recipe.samples,
         context=recipe.context,
         seed=recipe.seed,

@@ -44,7 +44,8 @@ Refit = Annotated[
     typer.Option(help="Least squares after merging: none, q, o or qo; qo with --merge svd."),
 ]
 CalibrationText = Annotated[
-    str | None, typer.Option("--calibration", help="Text, jsonl or parquet file to calibrate on.")
+    str | None,
+    typer.Option("--calibration", help="Text, json, jsonl or parquet file to calibrate on."),
 ]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Context = Annotated[int | None, typer.Option(help="Tokens of a calibration window; default 512.")]
