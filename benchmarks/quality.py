@@ -213,7 +213,8 @@ def _published_row(place: _Place, what: str, rank: int, rope: int) -> dict[str, 
 
     source, (train, valid) = place.model(_CLASSICS), place.texts(_CLASSICS)
     started = time.perf_counter()
-    read = windows_from(source, train, samples=SAMPLES, context=CONTEXT, seed=0)
+    rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    read = windows_from(source, train, rows=rows, samples=SAMPLES, context=CONTEXT, seed=0)
     held = _first_windows(source, valid, 32)
     found = published_loss(source, read.tokens, held, rank=rank, pairs=rope // 2)
     return {

@@ -15,6 +15,7 @@ import torch
 import kvpatch
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import read_json
+from convert.lengths import check_length, config_of
 from convert.loading import check_device, load_model, quiet_transformers
 from convert.verify import cache_bytes, planned_cache
 from kvpatch.errors import InputModelError, UsageError
@@ -132,8 +133,8 @@ def bench_checkpoints(
         note: Called with what should be read.
 
     Raises:
-        UsageError: There is no such device, a model has too few positions, or cannot be patched
-            where that is asked for.
+        UsageError: There is no such device, a model has no positions for so many tokens, or cannot
+            be patched where that is asked for.
         VerificationError: A model does not load.
     """
     check_device(device)
@@ -145,7 +146,10 @@ def bench_checkpoints(
     with quiet_transformers():
         for name, folder in models:
             model = load_model(folder, dtype=dtype, device=device)
-            _check_positions(name, model, load)
+            asked = f"--prompt {prompt} --new {new} ({load.tokens:,} tokens)"
+            for warning in check_length(config_of(model), load.tokens, name=name, asked=asked):
+                if note is not None:
+                    note(warning)
             attentions = _attentions(name, model, patched, note)
             samples: dict[str, list[_Sample]] = {attention: [] for attention in attentions}
             for _ in range(rounds + 1):
@@ -281,16 +285,6 @@ def _planned(folder: Path, model: Any, load: _Load) -> int | None:
     values = cache.size(load.tokens, load.batch) // cache.bytes_per_value
     width: int = model.dtype.itemsize
     return width * values
-
-
-def _check_positions(name: str, model: Any, load: _Load) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and load.tokens > limit:
-        raise UsageError(
-            f"{name} has {limit} positions, and --prompt {load.prompt} --new {load.new} needs "
-            f"{load.tokens}",
-            hint="Ask for fewer tokens.",
-        )
 
 
 def _name(device: str) -> str:

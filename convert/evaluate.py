@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from convert.loading import Pair, load_pair, position_limit, quiet_transformers
+from convert.lengths import check_pair, config_of, position_limit
+from convert.loading import Pair, load_pair, quiet_transformers
 from convert.resources import check_ram
 from convert.texts import Text, read_text
+from convert.tokens import TextTokens, embedding_rows
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
 __all__ = ["Against", "Evaluation", "evaluate_checkpoint", "measure_text", "windows_of"]
@@ -90,12 +92,13 @@ def evaluate_checkpoint(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure a model on a text: ``load_pair`` and ``measure_text`` in one.
 
     Args:
         folder: Checkpoint folder.
-        text: UTF-8 text file.
+        text: Text, json, jsonl or parquet file.
         against: Folder of the source, to compare with.
         context: See ``measure_text``, as for the others.
         stride: Tokens from one window to the next.
@@ -104,11 +107,15 @@ def evaluate_checkpoint(
         device: Where the models run.
         dtype: Dtype they run in; float32 on the CPU and the checkpoint's elsewhere.
         progress: Called with windows done and in all.
+        warn: Called with each warning.
 
     Raises:
         KvpatchError: Those of ``read_text``, ``load_pair`` and ``measure_text``.
     """
     content = read_text(text)
+    for warning in content.warnings:
+        if warn is not None:
+            warn(warning)
     pair = load_pair(folder, against, dtype=dtype, device=device)
     return measure_text(
         pair,
@@ -118,6 +125,7 @@ def evaluate_checkpoint(
         samples=samples,
         batch=batch,
         progress=progress,
+        warn=warn,
     )
 
 
@@ -130,33 +138,37 @@ def measure_text(
     samples: int | None = None,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure a loaded model on a text, against the source if there is one.
 
     Args:
         pair: Model and source.
         text: The text.
-        context: Tokens of a window; 512 or the model's limit if not given.
+        context: Tokens of a window; 512, or what the model was made for, if not given.
         stride: Tokens from one window to the next; ``context``, without overlap, if not given.
         samples: Use only the first windows.
         batch: Windows in one forward pass.
         progress: Called with windows done and in all.
+        warn: Called with each warning.
 
     Raises:
         UsageError: If context or stride make no sense for the model.
-        InputModelError: If the text is too short.
+        InputModelError: If the text is too short, or has tokens that a model has no row for.
         ResourceError: If the logits of a batch do not fit into memory.
         VerificationError: If a model gives logits that are not finite.
     """
-    limit = position_limit(pair.model)
-    context = min(512, limit) if context is None else context
+    if context is None:
+        context = min(512, position_limit(config_of(pair.model)))
     stride = context if stride is None else stride
-    _check_windows(context, stride, limit)
+    _check_windows(context, stride)
+    for warning in check_pair(pair, context, f"--context {context}"):
+        if warn is not None:
+            warn(warning)
     with quiet_transformers():
-        tokenizer = pair.tokenizer
-        encoded = tokenizer(text.content, add_special_tokens=False, return_tensors="pt")
-        ids = encoded["input_ids"][0]
-        prefix = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)[:1]
+        encode = TextTokens(pair.tokenizer, embedding_rows(pair.model, pair.source), text.name)
+        ids = torch.tensor(encode.joined(text.documents), dtype=torch.long)
+        prefix = torch.tensor(encode.opening, dtype=torch.long)
         inputs = windows_of(ids, prefix, context=context, stride=stride)[:samples]
         if not len(inputs):
             raise InputModelError(f"{text.name} has {len(ids)} tokens, less than one window")
@@ -243,11 +255,11 @@ def _log_probabilities(model: Any, tokens: Tensor, scored: Tensor) -> Tensor:
     return logits[scored.to(logits.device)].float().log_softmax(-1)
 
 
-def _check_windows(context: int, stride: int, limit: int) -> None:
-    if not (2 <= context <= limit and 1 <= stride <= context):
+def _check_windows(context: int, stride: int) -> None:
+    if not (context >= 2 and 1 <= stride <= context):
         raise UsageError(
-            f"--context {context} --stride {stride} does not work here",
-            hint=f"Needed: 2 <= context <= {limit} and 1 <= stride <= context.",
+            f"--context {context} --stride {stride} does not work",
+            hint="Needed: 2 <= context and 1 <= stride <= context.",
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from convert.opening import open_model
 from convert.resources import check_ram
 from convert.targets.dense_blocks import config_object
+from convert.tokenizer_files import has_vocabulary, refusal
 from kvpatch.errors import (
     InputModelError,
     UnsupportedModelError,
@@ -31,13 +32,11 @@ __all__ = [
     "load_model",
     "load_pair",
     "load_tokenizer",
-    "position_limit",
     "quiet_transformers",
 ]
 
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
-_USUAL_POSITIONS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +180,19 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder.
 
     Raises:
-        InputModelError: If there is none.
+        InputModelError: If there is none that transformers can load, with the reason.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
+    options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputModelError(f"{folder} has no tokenizer that transformers can load") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # bad files make it raise almost any
+        raise refusal(folder, error) from error
+    # of a folder without any files of a tokenizer some classes make an empty one
+    if not has_vocabulary(folder) and not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise refusal(folder, None)
+    return tokenizer
 
 
 def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> None:
@@ -228,8 +232,3 @@ def load_pair(
         model = load_model(folder, dtype=dtype, device=device)
         source = load_model(against, dtype=dtype, device=device) if against is not None else None
     return Pair(str(folder), tokenizer, model, source)
-
-
-def position_limit(model: Any) -> int:
-    """Most tokens that a model has positions for; 2,048 where its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or _USUAL_POSITIONS

@@ -34,6 +34,7 @@ from convert.families.naming import (
 )
 from convert.latent_source import LatentSource, latent_source
 from convert.stock import StockTensors, stock_tensors
+from convert.tokenizer_files import tokenizer_warnings
 from kvpatch.errors import InputModelError
 
 __all__ = ["OpenModel", "open_model", "refuse_latents"]
@@ -65,6 +66,11 @@ class OpenModel:
     renamed: bool
     imported: bool
     warnings: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of the input embedding."""
+        return self.checkpoint.tensors[self.facts.family.embedding].shape[0]
 
 
 @contextmanager
@@ -109,6 +115,7 @@ def open_model(
         )
         _refuse_missing(stock, shapes, facts)
         left_out = _leave_out(checkpoint, stock, facts, warnings)
+        warnings += tokenizer_warnings(folder, shapes[family.embedding][0])
         yield OpenModel(
             checkpoint=checkpoint,
             facts=facts,

@@ -100,7 +100,7 @@ def prepare(
             check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
         model = stack.enter_context(_opened(source, recipe))
         recipe, scheme, export = _foreseen(recipe, model)
-        windows, latents = _windows(recipe, source), None
+        windows, latents = _windows(recipe, source, model), None
         plan = _plan(recipe, model, scheme, windows)
         if to_write:
             _check_room(plan, recipe)
@@ -124,7 +124,7 @@ def prepare(
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
-            warnings += few_tokens(windows, model.facts.geometry.hidden)
+            warnings += [*windows.warnings, *few_tokens(windows, model.facts.geometry.hidden)]
         yield Prepared(
             scheme=scheme,
             source=source,
@@ -207,7 +207,7 @@ def _chosen(
     return scheme, None, None
 
 
-def _windows(recipe: Recipe, source: Source) -> Windows | None:
+def _windows(recipe: Recipe, source: Source, model: OpenModel) -> Windows | None:
     if isinstance(recipe, ExportRecipe) or recipe.calibration is None:
         return None
     check_device(recipe.device)
@@ -215,6 +215,7 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
     return windows_from(
         source.path,
         user_path(recipe.calibration),
+        rows=model.rows,
         samples=recipe.samples,
         context=recipe.context,
         seed=recipe.seed,

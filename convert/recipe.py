@@ -93,7 +93,7 @@ class _Calibrated(_Conversion):
     )
     calibration: str | None = Field(
         None,
-        description="Text, jsonl or parquet file to calibrate on; none is needed.",
+        description="Text, json, jsonl or parquet file to calibrate on; none is needed.",
         min_length=1,
     )
     samples: int = Field(96, ge=1, description="Calibration windows.")

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.loading import Pair, position_limit, quiet_transformers
+from convert.lengths import check_pair, config_of, position_limit
+from convert.loading import Pair, quiet_transformers
 from convert.paired import Mean, paired_mean
 from convert.texts import Text
+from convert.tokens import TextTokens, embedding_rows
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
 __all__ = ["KEYS", "Cell", "Retrieval", "built_in_text", "default_lengths", "measure_retrieval"]
@@ -123,7 +125,7 @@ class _Scores:
 def built_in_text() -> Text:
     """The text around the key where none is given."""
     content = resources.files("convert").joinpath("assets/demo-text.txt").read_bytes()
-    return Text("built-in text", hashlib.sha256(content).hexdigest(), content.decode())
+    return Text("built-in text", hashlib.sha256(content).hexdigest(), [content.decode()])
 
 
 def default_lengths(limit: int) -> list[int]:
@@ -143,6 +145,7 @@ def measure_retrieval(
     seed: int = 0,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Retrieval:
     """Ask a model, and its source if there is one, for keys stated far back.
 
@@ -156,19 +159,23 @@ def measure_retrieval(
         seed: Draws keys and parts of the text.
         batch: Sequences in one forward pass.
         progress: Called with sequences done and in all.
+        warn: Called with each warning.
 
     Raises:
         UsageError: If a length, depth or kind of key makes no sense for the model.
-        InputModelError: If the text has no tokens.
+        InputModelError: If the text has no tokens, or some that a model has no row for.
         VerificationError: If a model gives logits that are not finite.
     """
-    limit = position_limit(pair.model)
-    lengths = default_lengths(limit) if lengths is None else list(lengths)
-    _check(lengths, depths, key, limit)
+    if lengths is None:
+        lengths = default_lengths(position_limit(config_of(pair.model)))
+    lengths = list(lengths)
+    _check(lengths, depths, key)
+    for warning in check_pair(pair, max(lengths), f"--lengths {max(lengths)}"):
+        if warn is not None:
+            warn(warning)
     with quiet_transformers():
-        encode = _encoder(pair.tokenizer)
-        haystack = encode(text.content)
-        opening = pair.tokenizer("")["input_ids"][:1]
+        encode = TextTokens(pair.tokenizer, embedding_rows(pair.model, pair.source), text.name)
+        haystack, opening = encode.joined(text.documents), encode.opening
     if not haystack:
         raise InputModelError(f"{text.name} has no tokens")
     keys = [_draw(KEYS[key], encode, len(haystack), seed, trial) for trial in range(trials)]
@@ -215,14 +222,11 @@ def measure_retrieval(
     )
 
 
-def _check(lengths: Sequence[int], depths: Sequence[float], key: str, limit: int) -> None:
+def _check(lengths: Sequence[int], depths: Sequence[float], key: str) -> None:
     if key not in KEYS:
         raise UsageError(f"--key {key}: choose one of {', '.join(KEYS)}")
-    if not lengths or max(lengths) > limit:
-        raise UsageError(
-            f"--lengths {','.join(map(str, lengths))} does not work here",
-            hint=f"The model has {limit} positions.",
-        )
+    if not lengths:
+        raise UsageError("--lengths is empty: give numbers of tokens")
     if not depths or not all(0 <= depth <= 100 for depth in depths):
         raise UsageError(f"--depths {','.join(map(str, depths))}: give percents from 0 to 100")
 
@@ -234,10 +238,6 @@ def _check_room(lengths: Sequence[int], keys: Sequence[_Trial], opening: Sequenc
             f"--lengths {min(lengths)} is too short to state a key and ask for it",
             hint=f"With this tokenizer that alone takes {needed} tokens.",
         )
-
-
-def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _draw(

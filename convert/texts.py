@@ -1,10 +1,9 @@
-"""Texts to calibrate and measure on: files of several formats, and windows of tokens."""
+"""Texts to calibrate and measure on, and windows of their tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint.paths import hub_dataset
+from convert.documents import read_documents, skipped_documents
 from convert.loading import load_tokenizer, quiet_transformers
-from kvpatch.errors import InputModelError, UsageError
+from convert.tokens import TextTokens
+from kvpatch.errors import InputModelError
 
-__all__ = ["Text", "Windows", "few_tokens", "read_documents", "read_text", "windows_from"]
+__all__ = ["Text", "Windows", "few_tokens", "read_text", "windows_from"]
 
 # more text than any calibration wants; the rest of a larger file is not read
 _MOST_CHARACTERS = 32_000_000
-_COLUMN = "text"
 # measured, GQA to a quarter of the heads: with 2 refits lose, with 4 they win on prose; on few
 # made-up sentences they lose with 8 and win with 16
 _TOKENS_PER_DIM = 8
@@ -32,12 +32,14 @@ class Text:
     Args:
         name: File name.
         sha256: Hash of the file.
-        content: Its characters.
+        documents: What it holds.
+        warnings: What should be said of it.
     """
 
     name: str
     sha256: str
-    content: str
+    documents: Sequence[str]
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Windows:
         text_sha256: Hash of the file.
         tokens_sha256: Hash of the token ids.
         dataset: The dataset on the Hub that the file is of, where that is known.
+        warnings: What should be said of the text.
     """
 
     tokens: Tensor
@@ -57,111 +60,67 @@ class Windows:
     text_sha256: str
     tokens_sha256: str
     dataset: str | None = None
+    warnings: Sequence[str] = ()
 
 
 def read_text(path: Path) -> Text:
-    """The text of a UTF-8 file.
+    """The text of a file, read as ``read_documents`` does.
 
     Raises:
         UsageError: If the file cannot be read.
     """
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Text(path.name, digest, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {path}: {error}") from error
+    read = list(read_documents(path))
+    return Text(path.name, _sha256(path), *_with_text(path.name, read))
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of the column ``text`` of a jsonl or parquet file.
-
-    Raises:
-        UsageError: If the file cannot be read, or has no such column.
-    """
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path)
-        elif path.suffix in {".jsonl", ".ndjson"}:
-            yield from _json_lines(path)
-        else:
-            with path.open(encoding="utf-8") as stream:
-                yield stream.read(_MOST_CHARACTERS)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {path}: {error}") from error
-
-
-def windows_from(folder: Path, path: Path, *, samples: int, context: int, seed: int) -> Windows:
+def windows_from(
+    folder: Path, path: Path, *, rows: int, samples: int, context: int, seed: int
+) -> Windows:
     """Random windows of a text in the tokens of a model.
 
     Args:
         folder: Checkpoint folder with the tokenizer.
-        path: Text, jsonl or parquet file.
+        path: Text, json, jsonl or parquet file.
+        rows: Of the model's embedding table.
         samples: Number of windows.
         context: Tokens of a window, the tokenizer's opening token included.
         seed: Chooses the windows.
 
     Raises:
         UsageError: If the file cannot be read.
-        InputModelError: If the text has too few tokens.
+        InputModelError: If there is no tokenizer, or the text has too few tokens, or some that the
+            model has no row for.
     """
-    documents = list(_limited(read_documents(path)))
+    read = list(read_documents(path, most=_MOST_CHARACTERS))
+    documents, warnings = _with_text(path.name, read)
     with quiet_transformers():
-        tokenizer = load_tokenizer(folder)
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
-        opening = tokenizer("")["input_ids"][:1]
-    ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)
+        encode = TextTokens(load_tokenizer(folder), rows, str(path))
+        opening = encode.opening
+        ids = torch.tensor(encode.joined(documents), dtype=torch.long)
     body = context - len(opening)
     cut = ids[: len(ids) // body * body].view(-1, body)
     if len(cut) < samples:
+        advice = ["Give more text, or smaller --samples or --context.", *warnings]
         raise InputModelError(
             f"{path} has {len(ids):,} tokens, fewer than {samples} windows of {context}",
-            hint="Give more text, or smaller --samples or --context.",
+            hint=" ".join(advice),
         )
     chosen = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:samples]
     start = torch.tensor(opening, dtype=torch.long).expand(samples, -1)
     tokens = torch.cat([start, cut[chosen.sort().values]], 1)
-    with path.open("rb") as stream:
-        text_hash = hashlib.file_digest(stream, "sha256").hexdigest()
     token_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Windows(tokens, path.name, text_hash, token_hash, hub_dataset(path))
+    return Windows(tokens, path.name, _sha256(path), token_hash, hub_dataset(path), warnings)
 
 
-def _limited(documents: Iterator[str]) -> Iterator[str]:
-    left = _MOST_CHARACTERS
-    for document in documents:
-        yield document[:left]
-        left -= len(document)
-        if left <= 0:
-            return
+def _with_text(name: str, documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The documents that have text, and what to say of the others."""
+    found = [document for document in documents if document]
+    return found, skipped_documents(name, len(documents) - len(found))
 
 
-def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield str(json.loads(line)[_COLUMN])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UsageError(
-                        f'{path}:{number}: expected an object with a key "{_COLUMN}"'
-                    ) from error
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise UsageError(
-            f"{path}: reading parquet needs pyarrow", hint="pip install 'kvpatch[parquet]'"
-        ) from error
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UsageError(f"cannot read the text {path}: {error}") from error
-    if _COLUMN not in file.schema_arrow.names:
-        raise UsageError(f'{path} has no column "{_COLUMN}": {", ".join(file.schema_arrow.names)}')
-    for batch in file.iter_batches(columns=[_COLUMN], batch_size=256):
-        yield from (str(value) for value in batch.column(0).to_pylist() if value)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def few_tokens(windows: Windows, hidden: int) -> list[str]:

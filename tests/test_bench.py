@@ -13,12 +13,16 @@ import pytest
 import torch
 from matplotlib.image import imread
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import kvpatch
 from convert import bench
 from convert.bench import Bench, bench_checkpoints
+from convert.cli import app
 from convert.reporting.speed import speed
 from kvpatch.errors import UsageError
+from tests.families.stock import make
+from tests.families.tiny import settings
 from tests.helpers import load_folder
 from tests.test_cli import run
 
@@ -156,16 +160,28 @@ def test_what_patching_does_is_told(latent: Path) -> None:
     assert patched.cache_bytes == stock.cache_bytes
 
 
+def test_prompts_past_what_the_model_was_made_for(demo_model: Path, tmp_path: Path) -> None:
+    """With RoPE they are measured and said, with a table of positions they cannot be."""
+    flags = ("--prompt", 510, "--new", 3, "--rounds", 1, "--no-patched")
+    result = CliRunner().invoke(app, ["bench", str(demo_model), *map(str, flags)])
+    assert result.exit_code == 0, result.stderr
+    assert "--prompt 510 --new 3 (513 tokens) is more than the 512 tokens that" in result.stderr
+    make("gpt2", settings("gpt2")).save_pretrained(tmp_path)
+    refused = run("bench", tmp_path, "--prompt", 60, "--new", 5)
+    assert refused.exit_code == 2
+    assert f"(65 tokens) is more than the 64 positions of {tmp_path}" in refused.stderr
+    assert run("bench", tmp_path, "--prompt", 60, "--new", 4, "--rounds", 1).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (["--prompt", "510"], 2, "512 positions"),
         (["--device", "cuda"], 2, "no CUDA device"),
         (["--dtype", "int8"], 2, "--dtype int8"),
         (["--plot", "speed.jpg"], 2, ".png or .svg"),
         (["--new", "0"], 2, ""),
     ],
-    ids=["positions", "device", "dtype", "plot", "new"],
+    ids=["device", "dtype", "plot", "new"],
 )
 def test_what_cannot_be_measured_is_refused(
     demo_model: Path, flags: list[str], code: int, said: str

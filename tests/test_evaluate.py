@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from convert.cli import app
@@ -15,6 +17,8 @@ from convert.evaluate import evaluate_checkpoint, windows_of
 from convert.pipeline import convert
 from convert.recipe import make_recipe
 from kvpatch.errors import InputModelError, ResourceError, UsageError, VerificationError
+from tests.families.stock import make
+from tests.families.tiny import settings
 from tests.helpers import load_folder, rewrite_tensors
 
 WORDS = (
@@ -38,8 +42,6 @@ def pooled(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _token_ids(folder: Path) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return tokenizer(WORDS, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
@@ -101,12 +103,65 @@ def test_windows_without_and_with_a_first_token() -> None:
     assert windows_of(ids[:3], empty, context=4, stride=4).shape == (0, 4)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(1, 1), (64, 65), (64, 0), (10**6, 64)])
+@pytest.mark.parametrize(("context", "stride"), [(1, 1), (64, 65), (64, 0)])
 def test_impossible_windows_are_refused(
     demo_model: Path, text: Path, context: int, stride: int
 ) -> None:
     with pytest.raises(UsageError, match="--context"):
         evaluate_checkpoint(demo_model, text, context=context, stride=stride)
+
+
+def test_contexts_past_what_the_model_was_made_for(
+    demo_model: Path, text: Path, tmp_path: Path
+) -> None:
+    """With RoPE they are measured and said, with a table of positions they cannot be."""
+    warnings: list[str] = []
+    result = evaluate_checkpoint(
+        demo_model, text, against=demo_model, context=600, samples=1, warn=warnings.append
+    )
+    window = torch.cat([FIRST, _token_ids(demo_model)[:599]])
+    likely = _scored_by_hand(demo_model, [window], 599)
+    nll = -likely[torch.arange(599), window[1:]].mean()
+    # logits are float32: differences of 1e-5 are their rounding in another batch shape
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+    said = "--context 600 is more than the 512 tokens that {} was made for; what it does beyond"
+    assert [warning.startswith(said.format(demo_model)) for warning in warnings] == [True]
+    make("gpt2", {**settings("gpt2"), "vocab_size": 512}).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, tmp_path)
+    assert evaluate_checkpoint(tmp_path, text, samples=1).context == 64
+    with pytest.raises(UsageError, match=f"65 is more than the 64 positions of {tmp_path}"):
+        evaluate_checkpoint(tmp_path, text, context=65)
+    with pytest.raises(UsageError, match="more than the 64 positions of its source"):
+        evaluate_checkpoint(demo_model, text, against=tmp_path, context=65)
+
+
+def test_rows_are_joined_by_the_end_of_a_document(demo_model: Path, tmp_path: Path) -> None:
+    """Null and empty rows are skipped and said, by the command too."""
+    documents = [WORDS[:200], None, WORDS[300:900], "", WORDS[100:400]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    warnings: list[str] = []
+    result = evaluate_checkpoint(demo_model, file, context=64, warn=warnings.append)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    ids: list[int] = []
+    for document in filter(None, documents):
+        ids += [*([1] if ids else []), *tokenizer(document)["input_ids"][1:]]
+    windows = [
+        torch.cat([FIRST, torch.tensor(ids[start : start + 63])])
+        for start in range(0, len(ids) - 62, 63)
+    ]
+    likely = torch.cat([_scored_by_hand(demo_model, [window], 63) for window in windows])
+    targets = torch.cat([window[1:] for window in windows])
+    assert result.tokens == len(targets)
+    nll = -likely[torch.arange(len(targets)), targets].mean()
+    assert result.nll == pytest.approx(float(nll), rel=1e-5)
+    assert warnings == [
+        "documents of rows.jsonl that have no text (null or empty) and are skipped: 2"
+    ]
+    arguments = ["eval", str(demo_model), "--text", str(file), "--context", "64"]
+    said = CliRunner().invoke(app, arguments).stderr
+    assert said == f"warning: {warnings[0]}\n"
 
 
 def test_short_and_unreadable_texts_are_refused(demo_model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
 from convert.cli import app
@@ -19,7 +20,8 @@ from convert.paired import paired_mean
 from convert.pipeline import convert
 from convert.recipe import make_recipe
 from convert.retrieval import KEYS, built_in_text, default_lengths, measure_retrieval
-from kvpatch.errors import UsageError, VerificationError
+from convert.texts import Text
+from kvpatch.errors import InputModelError, UsageError, VerificationError
 
 CUES = {"digits": "The pass key is", "words": "The secret words are"}
 
@@ -32,7 +34,7 @@ class Copier:
 
     def __init__(self, vocabulary: int, reach: int = 10**6, limit: int = 512) -> None:
         self.vocabulary, self.reach = vocabulary, reach
-        self.config = SimpleNamespace(max_position_embeddings=limit)
+        self.config = LlamaConfig(max_position_embeddings=limit)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.seen: list[list[int]] = []
 
@@ -44,6 +46,9 @@ class Copier:
             for end in range(length - logits_to_keep, length):
                 row[end, self._next(ids[: end + 1])] = math.log(self.vocabulary - 1)
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(self.vocabulary, 1)
 
     def _next(self, ids: list[int]) -> int:
         def match(at: int) -> int:
@@ -203,7 +208,7 @@ def test_lengths_follow_the_model() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"lengths": [1024]}, "--lengths 1024"),
+        ({"lengths": []}, "--lengths is empty"),
         ({"lengths": [20]}, "too short"),
         ({"depths": [101]}, "--depths 101"),
         ({"key": "colours"}, "--key colours"),
@@ -213,6 +218,33 @@ def test_impossible_probes_are_refused(demo_model: Path, wrong: dict[str, Any], 
     pair = Pair("copier", load_tokenizer(demo_model), Copier(512), None)
     with pytest.raises(UsageError, match=words):
         measure_retrieval(pair, built_in_text(), **wrong)
+
+
+def test_lengths_past_what_the_model_was_made_for(demo_model: Path) -> None:
+    """With RoPE they are measured and said, with a table of positions they cannot be."""
+    model, warnings = Copier(512, limit=64), list[str]()
+    pair = Pair("copier", load_tokenizer(demo_model), model, None)
+    how: dict[str, Any] = {"lengths": [60, 128], "depths": [0], "trials": 2}
+    result = measure_retrieval(pair, built_in_text(), **how, warn=warnings.append)
+    assert [(cell.length, cell.exact.value) for cell in result.cells] == [(60, 1.0), (128, 1.0)]
+    (warning,) = warnings
+    assert warning.startswith("--lengths 128 is more than the 64 tokens that copier was made for")
+    source = Copier(512)
+    source.config = GPT2Config(n_positions=100)  # type: ignore[assignment]
+    pair = Pair("copier", load_tokenizer(demo_model), model, source)
+    with pytest.raises(UsageError, match="--lengths 128 is more than the 100 positions of its sou"):
+        measure_retrieval(pair, built_in_text(), **how)
+
+
+@pytest.mark.parametrize("spoilt", ["text", "key"])
+def test_tokens_without_a_row_are_refused(demo_model: Path, spoilt: str) -> None:
+    """A model of 40 rows, too few for the text; one of 300, too few for the key alone."""
+    text = built_in_text() if spoilt == "text" else Text("aaa", "0", ["a" * 9])
+    tokenizer = load_tokenizer(demo_model)
+    rows = {"text": 40, "key": 1 + max(tokenizer("a" * 9)["input_ids"])}[spoilt]
+    pair = Pair("copier", tokenizer, Copier(512), Copier(rows))
+    with pytest.raises(InputModelError, match=f"{text.name} has the token .* has {rows} rows"):
+        measure_retrieval(pair, text, lengths=[64], trials=1)
 
 
 def test_logits_that_are_no_numbers_are_an_error(demo_model: Path) -> None:

@@ -201,15 +201,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def check_magic(head: bytes, size: int, file: str) -> None:
-    """Name what often stands where weights should.
+def check_magic(head: bytes, size: int, file: str, *, wanted: str = "weights") -> None:
+    """Name what often stands where a file of weights, or another, should.
 
     Raises:
         InputModelError: If the first bytes of the file are those of something else.
     """
     for magic, what, hint in _NOT_WEIGHTS:
         if head.lower().startswith(magic):
-            raise InputModelError(f"{file} is {what}, not weights ({size:,} bytes)", hint=hint)
+            raise InputModelError(f"{file} is {what}, not {wanted} ({size:,} bytes)", hint=hint)
 
 
 def _check_prefix(stream: BinaryIO, size: int, file: str) -> int:

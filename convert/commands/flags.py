@@ -47,7 +47,8 @@ Refit = Annotated[
     ),
 ]
 CalibrationText = Annotated[
-    str | None, typer.Option("--calibration", help="Text, jsonl or parquet file to calibrate on.")
+    str | None,
+    typer.Option("--calibration", help="Text, json, jsonl or parquet file to calibrate on."),
 ]
 Samples = Annotated[int, typer.Option(help="Number of calibration windows.")]
 Context = Annotated[

@@ -25,7 +25,8 @@ __all__ = ["eval"]
 def eval(  # noqa: A001 - the command's name
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, or org/name[@revision].")],
     text: Annotated[
-        Path | None, typer.Option(help="Text file to measure on, and around the keys.")
+        Path | None,
+        typer.Option(help="Text, json, jsonl or parquet file to measure on, and around the keys."),
     ] = None,
     retrieval: Annotated[
         bool, typer.Option("--retrieval", help="Ask for keys stated far back in a text.")
@@ -158,6 +159,8 @@ def _measure(
 
     folder, against = fetch_source(options["model"]).path, options["against"]
     content = read_text(options["text"]) if "text" in settings else None
+    for warning in () if content is None else content.warnings:
+        console.warn(warning)
     if "tasks" in settings:
         check_harness()
     if options["save"]:  # before the work, not after it
@@ -188,21 +191,22 @@ def _measured(
     from convert.harness import run_tasks  # noqa: PLC0415
     from convert.retrieval import built_in_text, measure_retrieval  # noqa: PLC0415
 
-    batch, measured = options["batch"], dict[str, list[dict[str, Any]]]()
+    common = {"batch": options["batch"], "warn": console.warn}
+    measured = dict[str, list[dict[str, Any]]]()
     if content is not None:
         with console.progress("evaluating", unit="windows") as progress:
             how = settings["text"]
-            evaluation = measure_text(pair, content, **how, batch=batch, progress=progress)
+            evaluation = measure_text(pair, content, **how, **common, progress=progress)
         measured["evaluations"] = [asdict(evaluation)]
     if "retrieval" in settings:
         with console.progress("retrieving", unit="texts") as progress:
             around, how = content or built_in_text(), settings["retrieval"]
-            probe = measure_retrieval(pair, around, **how, batch=batch, progress=progress)
+            probe = measure_retrieval(pair, around, **how, **common, progress=progress)
         measured["retrieval"] = [asdict(probe)]
     if "tasks" in settings:
         with console.bars_of_others():
             names = options["tasks"].split(",")
-            scores = run_tasks(pair, names, **settings["tasks"], batch=batch)
+            scores = run_tasks(pair, names, **settings["tasks"], batch=options["batch"])
         measured["tasks"] = [asdict(score) for score in scores]
     return measured
 

@@ -26,7 +26,7 @@ def uptrain(
     data: Annotated[
         str,
         typer.Option(
-            help="Text, jsonl or parquet file, or hub:NAME[:CONFIG][@SPLIT], a streamed data set."
+            help="Text, json, jsonl or parquet file, or hub:NAME[:CONFIG][@SPLIT], a data set."
         ),
     ],
     tokens: Annotated[str, typer.Option(help="Tokens to train on, such as 300k or 1.5M.")],
@@ -37,7 +37,7 @@ def uptrain(
         ),
     ] = None,
     eval_text: Annotated[
-        str | None, typer.Option(help="Text, jsonl or parquet file to measure on meanwhile.")
+        str | None, typer.Option(help="Text, json, jsonl or parquet file to measure on meanwhile.")
     ] = None,
     eval_samples: Annotated[int, typer.Option(help="Sequences of --eval-text to measure on.")] = 32,
     eval_every: Annotated[
@@ -120,11 +120,13 @@ def run_uptraining(recipe: UptrainRecipe, dry_run: bool, console: Console) -> No
 
     if dry_run:
         with run.prepare(recipe) as prepared:
+            for warning in prepared.warnings:
+                console.warn(warning)
             data = views.plan_data(prepared)
             console.result(data, lambda: views.print_plan(data, console))
         return
     with console.stages() as progress:
-        out = run.uptrain(recipe, progress=progress, note=console.note)
+        out = run.uptrain(recipe, progress=progress, note=console.note, warn=console.warn)
     if out is None:  # another process publishes
         return
     console.note(f"trained to {out}; check it with: kvpatch verify {shlex.quote(str(out))}")

@@ -126,6 +126,8 @@ class Family:
         positions: ``rope``; ``learned`` embeddings, added to the input of the first layer; or
             ``alibi``, a bias on the scores that depends on the distance and the query head. The
             last two leave queries and keys as they are: no layer has a RoPE.
+        tabled: Whether the class computes its positions, but keeps a table of only as many as
+            config.json says.
         interleaved: RoPE pairs neighbouring dims.
         partial: Share of the head that rotates, where the config does not say; None where all of
             it does, whatever ``partial_rotary_factor`` says.
@@ -162,6 +164,7 @@ class Family:
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     positions: Literal["rope", "learned", "alibi"] = "rope"
+    tabled: bool = False
     interleaved: bool = False
     partial: float | None = None
     rotary_dim: str | None = None
@@ -180,6 +183,11 @@ class Family:
     def attention(self) -> str:
         """Module name of the attention inside a layer."""
         return self.projections[-1].name.rpartition(".")[0]
+
+    @property
+    def ends(self) -> bool:
+        """Whether there is no position beyond those that config.json says."""
+        return self.tabled or self.positions == "learned"
 
     def without_base(self) -> Family:
         """The row for a checkpoint of the base model, saved without its prefix."""

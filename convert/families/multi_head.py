@@ -110,6 +110,7 @@ MULTI_HEAD = (
         buffers=_MASKS,
         interleaved=True,
         rotary_dim="rotary_dim",
+        tabled=True,
         defaults=_GPTJ_DEFAULTS,
     ),
     Family(
@@ -128,6 +129,7 @@ MULTI_HEAD = (
         buffers=("attn.causal_mask", *_MASKS),
         interleaved=True,
         rotary_dim="rotary_dim",
+        tabled=True,
         defaults=_GPTJ_DEFAULTS,
     ),
     Family(
@@ -256,6 +258,7 @@ MULTI_HEAD = (
         layer_prefix="transformer.blocks.{layer}.",
         embedding="transformer.wte.weight",
         positions="alibi",
+        tabled=True,
         scale=("softmax_scale", 1.0),
         defaults={"tie_word_embeddings": True},
     ),

@@ -21,6 +21,7 @@ def separate(source: Family) -> Family:
         model_type=PREFIX + source.model_type,
         architecture=class_names(source.model_type)["AutoModelForCausalLM"],
         gqa=True,
+        tabled=source.tabled and source.positions != "rope",  # rotations are computed
         projections=tuple(
             Projection(f"{source.attention}.{part}_proj", (part,)) for part in ("q", "k", "v", "o")
         ),

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from convert.texts import read_documents
+from convert.documents import is_plain, open_text, read_documents, row_text, skipped_documents
+from convert.tokens import TextTokens
 from kvpatch.errors import InputModelError, UsageError
 
-__all__ = ["IGNORED", "Batch", "Encoder", "Piece", "Sequences", "pieces_of", "stack"]
+__all__ = ["IGNORED", "Batch", "Encoder", "Piece", "Sequences", "check_text", "pieces_of", "stack"]
 
 IGNORED = -100  # no target
 _PIECE = 1 << 16  # characters of a long text that are tokenised at a time
@@ -28,7 +29,7 @@ _BLOCK_TOKENS, _BLOCK = 1 << 20, 256
 
 
 class Piece(NamedTuple):
-    """Part of a document, and whether it begins and ends it."""
+    """Part of a document, and whether it begins and ends it; "" is a document without text."""
 
     text: str
     first: bool = True
@@ -50,27 +51,38 @@ def pieces_of(data: str) -> Callable[[], Iterator[Piece]]:
         data: The recipe's key: a file, or ``hub:NAME[:CONFIG][@SPLIT]``.
 
     Raises:
-        UsageError: If it cannot be read.
+        UsageError: If it cannot be read; also from what is returned.
     """
     if data.startswith("hub:"):
         return lambda: _streamed(data.removeprefix("hub:"))
     path = Path(data)
-    if path.suffix in {".jsonl", ".ndjson", ".parquet"}:
-        return lambda: (Piece(text) for text in read_documents(path) if text)
-    return lambda: _long_text(path)
+    if is_plain(path):
+        return lambda: _long_text(path)
+    return lambda: map(Piece, read_documents(path))
+
+
+def check_text(data: str) -> None:
+    """Refuse a file that is no text by its first document, before any work.
+
+    Args:
+        data: As of ``pieces_of``; a data set on the Hub is left there.
+
+    Raises:
+        UsageError: If it cannot be read.
+        InputModelError: If it is empty.
+    """
+    if not data.startswith("hub:") and next(pieces_of(data)(), None) is None:
+        raise InputModelError(f"{data} is empty")
 
 
 def _long_text(path: Path) -> Iterator[Piece]:
     """A text file of any length is one document; it is cut after lines."""
-    try:
-        with path.open(encoding="utf-8") as stream:
-            first, lines = True, "".join(stream.readlines(_PIECE))
-            while lines:
-                following = "".join(stream.readlines(_PIECE))
-                yield Piece(lines, first, not following)
-                first, lines = False, following
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {path}: {error}") from error
+    with open_text(path) as stream:
+        first, lines = True, "".join(stream.readlines(_PIECE))
+        while lines:
+            following = "".join(stream.readlines(_PIECE))
+            yield Piece(lines, first, not following)
+            first, lines = False, following
 
 
 def _streamed(name: str) -> Iterator[Piece]:
@@ -81,14 +93,11 @@ def _streamed(name: str) -> Iterator[Piece]:
             f"hub:{name}: streaming data sets needs the package datasets",
             hint="pip install 'kvpatch[train]'",
         ) from error
-    name, _, split = name.partition("@")
-    path, _, config = name.partition(":")
+    plain, _, split = name.partition("@")
+    path, _, config = plain.partition(":")
     rows = load_dataset(path, config or None, split=split or "train", streaming=True)
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise UsageError(f'hub:{name} has no column "text": {", ".join(row)}')
-        if row["text"]:
-            yield Piece(row["text"])
+    for number, row in enumerate(rows, 1):
+        yield Piece(row_text(row, f"hub:{name}, row {number}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +105,20 @@ class Encoder:
     """Tokens of documents, with what a tokenizer puts before and after one.
 
     Args:
-        tokenizer: Of transformers.
+        tokens: Of texts.
     """
 
-    tokenizer: Any
+    tokens: TextTokens
 
     def __call__(self, piece: Piece) -> list[int]:
-        """Token ids of a piece."""
-        ids: list[int] = self.tokenizer(piece.text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        before = self.tokenizer("")["input_ids"][:1] if piece.first else []
-        end = self.tokenizer.eos_token_id
-        return [*before, *ids, *([end] if piece.last and end is not None else [])]
+        """Token ids of a piece.
+
+        Raises:
+            InputModelError: If the model has no row for one.
+        """
+        before = self.tokens.opening if piece.first else []
+        after = self.tokens.end if piece.last else []
+        return [*before, *self.tokens(piece.text), *after]
 
 
 class Sequences:
@@ -137,7 +147,7 @@ class Sequences:
         self._pieces, self._encode, self._what = pieces, encode, what
         self._context, self._seed, self._packed = context, seed, packed
         self._open: Iterator[Piece] | None = None
-        self._at: dict[str, Any] = {"epoch": 0, "piece": 0, "block": 0, "ids": [], "begins": []}
+        self._at = _beginning()
         self._block: list[Batch] = []
         self._start = dict(self._at)
         self._taken = 0
@@ -157,13 +167,18 @@ class Sequences:
             taken += part
         return taken
 
+    @property
+    def warnings(self) -> list[str]:
+        """What should be said of the documents that were read."""
+        return skipped_documents(self._what, self._at["skipped"])
+
     def state(self) -> dict[str, Any]:
         """Where the stream is: plain data, less than a sequence and a few numbers."""
         return {**self._start, "taken": self._taken}
 
     def restore(self, state: Mapping[str, Any]) -> Self:
         """Go to where a stream of the same text was; its last block is read again."""
-        self._at = {key: value for key, value in state.items() if key != "taken"}
+        self._at = _beginning() | {key: value for key, value in state.items() if key != "taken"}
         self._at |= {key: list(state[key]) for key in ("ids", "begins")}
         self._open = None
         self._block, self._taken = [], 0
@@ -211,8 +226,8 @@ class Sequences:
         self._block, self._taken = block, 0
 
     def _check_progress(self) -> None:
-        """Refuse a text that was read to its end without a sequence."""
-        if self._at["epoch"] > self._context:
+        """Refuse a text that was read to its end without a token, or often without a sequence."""
+        if not self._at["ids"] or self._at["epoch"] > self._context:
             raise InputModelError(f"{self._what} has no tokens to train on")
 
     def _read(self) -> bool:
@@ -224,8 +239,11 @@ class Sequences:
             self._open = None
             self._at |= {"epoch": self._at["epoch"] + 1, "piece": 0}
             return False
-        ids = self._encode(piece)
         self._at["piece"] += 1
+        if not piece.text:
+            self._at["skipped"] += self._at["epoch"] == 0
+            return True
+        ids = self._encode(piece)
         self._at["ids"] += ids
         self._at["begins"] += [int(piece.first and not index) for index in range(len(ids))]
         return True
@@ -242,6 +260,11 @@ class Sequences:
         sequence = _sequence(ids[:length], begins[:length], self._context)
         del ids[:length], begins[:length]
         return sequence
+
+
+def _beginning() -> dict[str, Any]:
+    """Where a stream is before anything was read; ``skipped`` counts in the first epoch alone."""
+    return {"epoch": 0, "piece": 0, "block": 0, "skipped": 0, "ids": [], "begins": []}
 
 
 def _sequence(ids: list[int], begins: list[int], context: int) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convert.tokens import TextTokens, embedding_rows
 from convert.training import checkpoints
 from convert.training.curve import RECOVERED, Point, tokens_to_recover
 from convert.training.data import IGNORED, Batch, Encoder, Sequences, pieces_of, stack
@@ -142,17 +143,20 @@ class Training:
         self.steps: int = math.ceil(recipe.tokens / self._per_step)
         models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
         self._packed = all(map(packs, models.values()))
-        encode = Encoder(tokenizer)
-        common: dict[str, Any] = {"context": context, "packed": self._packed}
-        self._text = Sequences(
-            pieces_of(recipe.data), encode, seed=recipe.seed, what=recipe.data, **common
-        )
+        rows = embedding_rows(student, teacher)
+
+        def sequences(text: str, seed: int | None) -> Sequences:
+            encode = Encoder(TextTokens(tokenizer, rows, text))
+            form: dict[str, Any] = {"context": context, "packed": self._packed}
+            return Sequences(pieces_of(text), encode, seed=seed, what=text, **form)
+
+        self._text = sequences(recipe.data, recipe.seed)
         self._held: list[Batch] = []
         if recipe.eval_text is not None:
-            held = Sequences(
-                pieces_of(recipe.eval_text), encode, seed=None, what=recipe.eval_text, **common
-            )
+            held = sequences(recipe.eval_text, None)
             self._held = held.whole(recipe.eval_samples)
+            for warning in held.warnings:
+                self._say(warning)
         self._groups = parameter_groups(student, recipe.groups)
         student.train()
         if recipe.gradient_checkpointing:
@@ -202,6 +206,8 @@ class Training:
                 self._keep()
             if self._progress is not None:
                 self._progress("training", per_step, self.steps * per_step)
+        for warning in self._text.warnings:
+            self._say(warning)
         return Outcome(
             tokens=state.step * per_step,
             steps=state.step,

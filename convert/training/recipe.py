@@ -49,12 +49,12 @@ class UptrainRecipe(BaseModel):
         min_length=1,
     )
     data: str = Field(
-        description="Text, jsonl or parquet file, or hub:NAME[:CONFIG][@SPLIT], a streamed data "
-        "set with a column text.",
+        description="Text, json, jsonl or parquet file, or hub:NAME[:CONFIG][@SPLIT], a streamed "
+        "data set with a column text.",
         min_length=1,
     )
     eval_text: str | None = Field(
-        None, description="Text, jsonl or parquet file to measure on during training."
+        None, description="Text, json, jsonl or parquet file to measure on during training."
     )
     eval_samples: int = Field(32, ge=1, description="Sequences of it.")
     eval_every: Count | None = Field(None, description="Tokens from one measurement to the next.")

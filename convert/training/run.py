@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from convert.checkpoint.manifest import read_manifest, tool_versions
-from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.paths import guarded_path
+from convert.checkpoint.reader import Checkpoint, read_json
 from convert.checkpoint.staging import Staging, check_output
 from convert.hub import Source, fetch_source, user_path
+from convert.lengths import check_length, position_limit
 from convert.loading import (
     check_device,
     check_same_tokens,
@@ -27,6 +29,7 @@ from convert.opening import open_model
 from convert.resources import check_disk, check_ram
 from convert.results import without_results
 from convert.signals import sigterm_unwinds
+from convert.training.data import check_text
 from convert.training.groups import adapted_modules
 from convert.training.loop import Note, Outcome, Progress, Training, make_accelerator
 from convert.training.native import Detour, detour_of
@@ -68,6 +71,7 @@ class Prepared:
         detour: What is done before and after, if its own class is not trained.
         parameters: Of the model.
         run_id: Hash of everything that the result depends on.
+        warnings: What should be read before.
     """
 
     recipe: UptrainRecipe
@@ -78,6 +82,7 @@ class Prepared:
     detour: Detour | None
     parameters: int
     run_id: str
+    warnings: list[str]
 
     @property
     def steps(self) -> int:
@@ -124,19 +129,27 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
     with open_model(source.path, latents=True) as model:
         checkpoint = model.checkpoint
         detour = detour_of(checkpoint)
-        teacher = _teacher(recipe, manifest)
-        limit = checkpoint.config.get("max_position_embeddings") or 2048
-        chosen = {"context": min(512, limit) if recipe.context is None else recipe.context}
+        context = recipe.context or min(512, position_limit(checkpoint.config))
+        asked = f"--context {context}"
+        warnings = check_length(checkpoint.config, context, name=recipe.source, asked=asked)
         paths = {
             key: value if value is None or value.startswith("hub:") else str(user_path(value))
             for key, value in (("data", recipe.data), ("eval_text", recipe.eval_text))
         }
-        recipe = recipe.model_copy(update=chosen | paths)
+        recipe = recipe.model_copy(update={"context": context, **paths})
+        texts = (recipe.data, recipe.eval_text)
+        for text in filter(None, texts):
+            check_text(text)
+        teacher = _teacher(recipe, manifest)
+        if teacher is not None:
+            config = read_json(guarded_path(teacher.path, "config.json"))
+            theirs = check_length(config, context, name=teacher.name, asked=asked)
+            warnings = warnings or theirs
         identity = {
             "recipe": recipe.model_dump(exclude=_NOT_IDENTITY),
             "source": manifest["files"],
             "teacher": None if teacher is None else _weight_sizes(teacher.path),
-            "texts": [_text_hash(path) for path in (recipe.data, recipe.eval_text)],
+            "texts": [_text_hash(text) for text in texts],
         }
         yield Prepared(
             recipe=recipe,
@@ -149,6 +162,7 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
                 info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values()
             ),
             run_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            warnings=warnings,
         )
 
 
@@ -157,6 +171,7 @@ def uptrain(
     *,
     progress: Progress | None = None,
     note: Note | None = None,
+    warn: Note | None = None,
 ) -> Path | None:
     """Train a converted model; afterwards the output is complete, or as it was before.
 
@@ -164,6 +179,7 @@ def uptrain(
         recipe: What to train, on what and where to.
         progress: Called with what is being done, how much of it just was, and how much it is.
         note: Called with messages.
+        warn: Called with each warning.
 
     Returns:
         The output folder; None in all processes but the first.
@@ -185,6 +201,9 @@ def uptrain(
             accelerator.wait_for_everyone()  # the first process has the lock, and cleaned up
             _train(prepared, accelerator, staging.scratch, None, None)
             return None
+        for warning in prepared.warnings:
+            if warn is not None:
+                warn(warning)
         if accelerator.device.type == "cpu":
             check_ram(prepared.peak_ram, None, what="uptraining")
         check_disk(prepared.disk_bytes, out.absolute().parent)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from convert.training.data import IGNORED, Batch, Piece, Sequences, pieces_of, stack
+from convert.loading import load_tokenizer
+from convert.tokens import TextTokens
+from convert.training.data import (
+    IGNORED,
+    Batch,
+    Encoder,
+    Piece,
+    Sequences,
+    check_text,
+    pieces_of,
+    stack,
+)
 from kvpatch.errors import InputModelError, UsageError
+from tests.families.texts import token_ids, write_tokenizer
 
 
 def _encode(piece: Piece) -> list[int]:
@@ -96,6 +110,24 @@ def test_how_many_are_taken_at_a_time_changes_nothing() -> None:
     assert all(map(torch.equal, singly, stack(many.take(300))))
 
 
+def test_documents_without_text_are_skipped_and_counted_once() -> None:
+    """In the first epoch, also by a stream that goes on where another was."""
+    documents = ["abcdefgh", "", "ijklmnop", "", ""]
+    stream = _stream(documents)
+    assert [_text(sequence.tokens[0]) for sequence in stream.take(3)] == [
+        "abcdefgh",
+        "ijklmnop",
+        "abcdefgh",
+    ]
+    said = ["documents of the text that have no text (null or empty) and are skipped: 3"]
+    assert stream.warnings == said
+    for state in (stream.state(), _stream(documents).state()):
+        later = _stream(documents).restore(state)
+        later.take(300)
+        assert later.warnings == said
+    assert _stream(["abcdefgh"]).warnings == []
+
+
 def test_a_text_of_nothing_is_refused() -> None:
     with pytest.raises(InputModelError, match="no tokens"):
         _stream([""]).take(1)
@@ -131,6 +163,69 @@ def test_a_long_text_is_one_document_in_pieces(tmp_path: Path) -> None:
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\r\ncd")
+    assert list(pieces_of(str(tmp_path / "a.txt"))()) == [Piece("ab\ncd")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "found", "said"),
+    [
+        ([{"text": "ab"}, {"text": None}, {"text": ""}], [Piece("ab"), Piece(""), Piece("")], None),
+        ([{"text": "ab"}, {"text": 3}], [Piece("ab")], "hub:n:c@s, row 2: expected a text or null"),
+        ([{"messages": []}], [], 'hub:n:c@s, row 1: expected an object with a key "text", found t'),
+    ],
+)
+def test_rows_of_the_hub_are_read_as_those_of_files(
+    monkeypatch: pytest.MonkeyPatch, rows: list[Any], found: list[Piece], said: str | None
+) -> None:
+    def load_dataset(*arguments: object, **options: object) -> list[Any]:
+        assert arguments == ("n", "c")
+        assert options == {"split": "s", "streaming": True}
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    pieces, have = pieces_of("hub:n:c@s")(), list[Piece]()
+    with nullcontext() if said is None else pytest.raises(UsageError, match=said):
+        have.extend(pieces)
+    assert have == found
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_empty_files_and_other_texts_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("[]" if name == "a.json" else "")
+    with pytest.raises(InputModelError, match=f"{path} is empty"):
+        check_text(str(path))
+    path.write_text('[3, "x"]' if name == "a.json" else '{"text": 3}\n{"text": "x"}')
+    with nullcontext() if name == "a.txt" else pytest.raises(UsageError, match=f"{path}"):
+        check_text(str(path))
+    check_text("hub:not/there")
+
+
+def test_a_document_is_encoded_between_its_ends_and_refused_past_the_table(
+    demo_model: Path,
+) -> None:
+    tokenizer = load_tokenizer(demo_model)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = tokenizer("Mia has", add_special_tokens=False)["input_ids"]
+    encode = Encoder(TextTokens(tokenizer, 512, "the text"))
+    assert encode(Piece("Mia has")) == [begin, *ids, end]
+    assert encode(Piece("Mia has", first=False)) == [*ids, end]
+    assert encode(Piece("Mia has", last=False)) == [begin, *ids]
+    assert Encoder(TextTokens(tokenizer, max(ids) + 1, "the text"))(Piece("Mia has"))
+    with pytest.raises(InputModelError, match=f"the text has the token .* the id {max(ids)}, but"):
+        Encoder(TextTokens(tokenizer, max(ids), "the text"))(Piece("Mia has"))
+
+
+def test_what_begins_documents_does_not_end_them(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.bos_token = "<bos>"
+    encode = Encoder(TextTokens(tokenizer, 97, "the text"))
+    assert encode(Piece("ab")) == token_ids("ab").tolist()
 
 
 def test_a_text_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
