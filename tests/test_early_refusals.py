@@ -109,7 +109,6 @@ _HEADERS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "gqa-quantised": ("quantised", _GQA, 3, "the weights are quantised"),
     "auto-quantised": ("quantised", _AUTO, 3, "the weights are quantised"),
     "mla-quantised": ("quantised", _MLA, 3, "the weights are quantised"),
-    "mla-stray": ("stray", _MLA, 3, "has no place in a model of class DeepseekV3ForCausalLM"),
     "gqa-memory": ("three", (*_GQA, *_ROOM), 4, "--max-ram allows 1.00 MB"),
     "auto-memory": ("three", (*_AUTO, *_ROOM), 4, "--max-ram allows 1.00 MB"),
     "mla-memory": ("three", (*_MLA, *_ROOM), 4, "--max-ram allows 1.00 MB"),
@@ -126,14 +125,9 @@ def _quantised(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 48, dtype=torch.uint8)
 
 
-def _stray(weights: dict[str, torch.Tensor]) -> None:
-    weights["model.layers.1.extra.weight"] = torch.zeros(2)
-
-
 _DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
     "narrow": _narrow,
     "quantised": _quantised,
-    "stray": _stray,
 }
 
 
