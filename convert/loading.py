@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from convert.config_keys import running_config
 from convert.resources import check_ram
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
@@ -101,6 +102,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=running_config(folder),
             dtype=dtype if dtype is not None else "auto",
             trust_remote_code=False,
             local_files_only=True,
@@ -122,8 +124,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
+    config = running_config(folder) if (folder / "config.json").is_file() else None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputModelError(f"{folder} has no tokenizer that transformers can load") from error
 

@@ -20,6 +20,7 @@ from convert.checkpoint.sidecars import side_files
 from convert.checkpoint.staging import MANIFEST, Staging, check_output
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
+from convert.config_keys import refuse_settings
 from convert.execute import execute
 from convert.exporting import Export, export_of, export_unit
 from convert.facts import ModelFacts, has_latents, read_facts, with_stored_dtype, with_stored_names
@@ -171,6 +172,7 @@ def _chosen(
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:
+    refuse_settings(checkpoint.config)
     dtypes = (info.dtype for info in checkpoint.tensors.values())
     facts = with_stored_dtype(read_facts(checkpoint.config), dtypes)
     return with_stored_names(facts, checkpoint.tensors)

@@ -78,7 +78,7 @@ def uptrain(
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Tokens between checkpoints; a twentieth of all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the text, and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
     resume: Resume = True,
