@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
+from convert.adapters import AdapterChoice, made_with, opened
+from convert.checkpoint.adapter_config import ADAPTER_CONFIG
+from convert.checkpoint.manifest import read_manifest
+from convert.checkpoint.sidecars import tokenizer_folder
+from convert.checkpoint.staging import MANIFEST
 from convert.config_keys import running_config
+from convert.hub import fetch_source
 from convert.resources import check_ram
 from kvpatch.errors import InputModelError, UsageError, VerificationError
 
@@ -82,31 +88,33 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+    adapter: AdapterChoice | None = None,
+) -> Any:
     """The model of a folder, in evaluation mode, in its stock class.
 
     Args:
-        folder: Checkpoint folder.
+        folder: Checkpoint folder, or one with an adapter alone.
         dtype: Dtype to load in; the checkpoint's own if None.
         device: Where it runs.
+        adapter: What to do with an adapter in the folder; it must be given for one beside weights.
 
     Raises:
         ResourceError: If it does not fit into memory.
         VerificationError: If a key is missing, unexpected or mismatched.
+        KvpatchError: Those of ``opened``, if there is an adapter.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if device == "cpu":
         check_ram(2 * weights + _OVERHEAD, None, what=f"loading {folder}")
+    adapted = (folder / ADAPTER_CONFIG).exists()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=running_config(folder),
-            dtype=dtype if dtype is not None else "auto",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
+        model, report = (
+            _load_read(folder, adapter, dtype) if adapted else _load_stored(folder, dtype)
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise VerificationError(f"{folder} does not load in transformers: {error}") from error
@@ -116,14 +124,53 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") 
     return model.to(device).eval()
 
 
+def _load_stored(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, Any]]:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    loaded: tuple[Any, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=running_config(folder),
+        dtype=dtype if dtype is not None else "auto",
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _load_read(
+    folder: Path, adapter: AdapterChoice | None, dtype: torch.dtype | None
+) -> tuple[Any, Mapping[str, Any]]:
+    """As ``_load_stored``, of the tensors as conversions read them.
+
+    From a folder transformers would load an adapter by peft, whatever is asked for.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: PLC0415
+
+    with opened(folder, adapter) as checkpoint:
+        config = running_config(checkpoint.config)
+        loaded: tuple[Any, Mapping[str, Any]] = MODEL_FOR_CAUSAL_LM_MAPPING[
+            type(config)
+        ].from_pretrained(
+            None,
+            config=config,
+            state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
+            dtype=dtype if dtype is not None else "auto",
+            output_loading_info=True,
+        )
+    return loaded
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder, or of the base of an adapter that has none.
 
     Raises:
         InputModelError: If there is none.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
+    if (folder / ADAPTER_CONFIG).exists():
+        folder = tokenizer_folder(fetch_source(str(folder)).folders)
     config = running_config(folder) if (folder / "config.json").is_file() else None
     try:
         return AutoTokenizer.from_pretrained(
@@ -144,7 +191,12 @@ def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> No
 
 
 def load_pair(
-    folder: Path, against: Path | None, *, dtype: torch.dtype | None, device: str = "cpu"
+    folder: Path,
+    against: Path | None,
+    *,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+    adapter: AdapterChoice | None = None,
 ) -> Pair:
     """A model, and its source if there is one, ready to be measured.
 
@@ -153,6 +205,8 @@ def load_pair(
         against: Of the source.
         dtype: Dtype both run in; float32 on the CPU and the checkpoint's elsewhere if None.
         device: Where they run.
+        adapter: What to do with an adapter of the model; of the source, kvpatch.json of the model
+            says what was done with its own, and this where there is none.
 
     Raises:
         UsageError: If there is no such device.
@@ -167,8 +221,12 @@ def load_pair(
         tokenizer = load_tokenizer(folder)
         if against is not None:
             check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
-        model = load_model(folder, dtype=dtype, device=device)
-        source = load_model(against, dtype=dtype, device=device) if against is not None else None
+        model = load_model(folder, dtype=dtype, device=device, adapter=adapter)
+        source = None
+        if against is not None:
+            if (folder / MANIFEST).is_file():
+                adapter = made_with(read_manifest(folder))
+            source = load_model(against, dtype=dtype, device=device, adapter=adapter)
     return Pair(str(folder), tokenizer, model, source)
 
 

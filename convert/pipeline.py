@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.adapters import chosen_adapter, merged
 from convert.calibrate import Calibration
 from convert.calibrate_latent import LatentConverting, latent_unit
 from convert.card import inherited_metadata, render_card
@@ -16,7 +17,7 @@ from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
-from convert.checkpoint.sidecars import side_files
+from convert.checkpoint.sidecars import gathered_files, tokenizer_folder
 from convert.checkpoint.staging import MANIFEST, Staging, check_output
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
@@ -61,7 +62,7 @@ class Prepared:
     windows: Windows | None
     latents: LatentChoice | None
     export: Export | None
-    side_files: list[str]
+    side_files: dict[str, Path]
     metadata: dict[str, Any]
     warnings: list[str]
 
@@ -98,9 +99,17 @@ def prepare(
         )
         source = stack.enter_context(found)
         if to_write and recipe.output is not None:
-            check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
-        opened = Checkpoint(source.path, allow_pickle=pickle, sizes=source.sizes)
+            for folder in source.folders:
+                check_output(user_path(recipe.output), folder, overwrite=recipe.overwrite)
+        adapter = chosen_adapter(source, recipe.adapter, allow_pickle=pickle)
+        if recipe.adapter == "merge" and adapter is None:
+            raise UsageError(f"--adapter merge: there is no adapter in {source.name}")
+        base = source.base or source
+        opened = Checkpoint(base.path, allow_pickle=pickle, sizes=base.sizes)
         checkpoint = stack.enter_context(opened)
+        if adapter is not None:
+            checkpoint = merged(checkpoint, adapter)
+            recipe = recipe.model_copy(update={"adapter": "merge"})
         export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
@@ -111,7 +120,8 @@ def prepare(
         warnings = [*checkpoint.warnings, *scheme.warnings]
         metadata: dict[str, Any] = {}
         try:
-            metadata = inherited_metadata(source.path)
+            for folder in source.folders:
+                metadata |= inherited_metadata(folder)
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
@@ -136,7 +146,7 @@ def prepare(
             windows=windows,
             latents=latents,
             export=export,
-            side_files=side_files(source.path),
+            side_files=gathered_files(source.folders),
             metadata=metadata,
             warnings=warnings,
         )
@@ -184,7 +194,7 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
     check_device(recipe.device)
     assert recipe.context is not None
     return windows_from(
-        source.path,
+        tokenizer_folder(source.folders),
         user_path(recipe.calibration),
         samples=recipe.samples,
         context=recipe.context,
@@ -337,8 +347,8 @@ def _write_small_files(
     """Side files, config, index, card and manifest, in this order."""
     plan, recipe, folder = prepared.plan, prepared.recipe, staging.path
     files = {file: record for file, (record, _) in staging.finished.items()}
-    for name in prepared.side_files:
-        files[name] = copy_file(guarded_path(prepared.source.path, name), folder / name)
+    for name, origin in prepared.side_files.items():
+        files[name] = copy_file(guarded_path(origin, name), folder / name)
     target = plan.target
     config = with_dtype(target.edit(prepared.checkpoint.config), recipe.dtype)
     files[_CONFIG] = write_file(folder / _CONFIG, config_json(config))

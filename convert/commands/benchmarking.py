@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convert.commands.boundary import command
-from convert.commands.flags import Debug, Json, Quiet
+from convert.commands.flags import AdapterChoice, Debug, Json, Quiet
 from convert.console import Console
 
 __all__ = ["bench"]
@@ -24,6 +24,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians count.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype to run in; float32 on the CPU.")] = None,
+    adapter: AdapterChoice = None,
     patched: Annotated[
         bool | None,
         typer.Option(
@@ -46,6 +47,7 @@ def bench(
         kvpatch bench ./llama-2-7b-mla --prompt 8192 --plot speed.png
     """
     from convert import results, views  # noqa: PLC0415
+    from convert.adapters import adapter_choice  # noqa: PLC0415
     from convert.bench import bench_checkpoints  # noqa: PLC0415
     from convert.hub import fetch_source, user_path  # noqa: PLC0415
     from convert.reporting.speed import check_plot, write_plot  # noqa: PLC0415
@@ -62,6 +64,7 @@ def bench(
             rounds=rounds,
             device=device,
             dtype=results.torch_dtype(dtype),
+            adapter=adapter_choice(adapter),
             patched=patched,
             progress=progress,
             note=console.note,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AdapterChoice",
     "AllowNonfinite",
     "AllowPickle",
     "Arch",
@@ -59,6 +60,10 @@ TargetClass = Annotated[
 Arch = Annotated[str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")]
 Serving = Annotated[
     bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
+]
+AdapterChoice = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Adapter beside the weights: merge it, or ignore it."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Dtype = Annotated[
