@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convert.decoder import Decoder
 from convert.execute import read_attention
+from convert.hub import Source
 from convert.layer import AttentionLayer, LatentLayer
 from convert.methods.attention import Scoring, keys, queries, values
 from convert.methods.fitting import head_outputs, projected, second_moments
@@ -63,7 +64,7 @@ def published_loss(
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    with open_model(source) as model:
+    with open_model(Source(source, "")) as model:
         checkpoint, facts = model.checkpoint, model.facts
         decoder = Decoder(checkpoint, facts, context=text.shape[1], device="cpu")
         original = decoder.embed(torch.cat([calibration, text]))

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 import kvpatch
+from convert.adapters import AdapterChoice
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import read_json
+from convert.hub import fetch_source
 from convert.lengths import check_length, config_of
 from convert.loading import check_device, load_model, quiet_transformers
 from convert.verify import cache_bytes, planned_cache
@@ -110,6 +112,7 @@ def bench_checkpoints(
     rounds: int = 3,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: AdapterChoice | None = None,
     patched: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -127,6 +130,7 @@ def bench_checkpoints(
         rounds: Of each measurement.
         device: Where the models run.
         dtype: What they run in; float32 on the CPU and the checkpoint's own elsewhere.
+        adapter: What to do with an adapter beside the weights of one.
         patched: Measure only patched attention, or only stock; both, where a model can be patched,
             if None.
         progress: Called with rounds done and in all.
@@ -145,7 +149,7 @@ def bench_checkpoints(
     runs: list[Run] = []
     with quiet_transformers():
         for name, folder in models:
-            model = load_model(folder, dtype=dtype, device=device)
+            model = load_model(folder, dtype=dtype, device=device, adapter=adapter)
             asked = f"--prompt {prompt} --new {new} ({load.tokens:,} tokens)"
             for warning in check_length(config_of(model), load.tokens, name=name, asked=asked):
                 if note is not None:
@@ -279,7 +283,8 @@ def _run(
 def _planned(folder: Path, model: Any, load: _Load) -> int | None:
     """Bytes that the cache should take in the dtype in which the model runs."""
     try:
-        cache = planned_cache(read_json(guarded_path(folder, "config.json")))
+        described = fetch_source(str(folder)).folders[0]
+        cache = planned_cache(read_json(guarded_path(described, "config.json")))
     except InputModelError:
         return None
     values = cache.size(load.tokens, load.batch) // cache.bytes_per_value

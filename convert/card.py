@@ -125,8 +125,9 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         "pipeline_tag": "text-generation",
         "tags": ["kvpatch", *kinds, "kv-cache"],
     }
-    if origin["repository"]:
-        metadata |= {"base_model": origin["repository"], "base_model_relation": "finetune"}
+    repository = origin["repository"] or origin.get("base", {}).get("repository")
+    if repository:
+        metadata |= {"base_model": repository, "base_model_relation": "finetune"}
     metadata |= _datasets(metadata.get("datasets", []), manifest["calibration"])
     template = jinja2.Template(
         resources.files("convert").joinpath("templates/card.md.jinja").read_text("utf-8"),
@@ -143,6 +144,8 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         title=f"{origin['name'].rpartition('/')[2]}, {kind}",
         source=source,
         change=change,
+        adapter=_adapter(source, recipe),
+        merged=recipe.get("adapter") == "merge",
         held=_held(cache),
         shared=shared,
         sources=cache["kv_source_layers"],
@@ -175,6 +178,17 @@ def render_card(manifest: Mapping[str, Any]) -> bytes:
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False),
     )
     return text.encode()
+
+
+def _adapter(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> str | None:
+    """What was done with the adapter of the source, if it has one, in a sentence."""
+    if (base := source.get("base")) is not None:
+        at = f" at commit `{base['revision']}`" if base["revision"] else ""
+        return f"It is a LoRA adapter of {base['name']}{at}, and was merged into that model first."
+    return {
+        "merge": "The LoRA adapter that lies beside its weights was merged into them first.",
+        "ignore": "The adapter that lies beside its weights was left out.",
+    }.get(recipe.get("adapter", ""))
 
 
 def _datasets(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.checkpoint.reader import Checkpoint
+from convert.config_keys import running_config
 from convert.facts import ModelFacts
 from convert.families import Family
 
@@ -127,11 +128,11 @@ class Decoder:
         self, checkpoint: Checkpoint, facts: ModelFacts, *, context: int, device: str
     ) -> None:
         from accelerate import init_empty_weights  # noqa: PLC0415
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: PLC0415
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         family = facts.family
         self._checkpoint, self._facts, self.device = checkpoint, facts, device
-        config = CONFIG_MAPPING[family.model_type].from_dict(dict(checkpoint.config))
+        config = running_config(checkpoint.config)
         # fused attention drops the cap in older releases of transformers
         capped = {} if facts.softcap is None else {"attn_implementation": "eager"}
         with init_empty_weights(include_buffers=False):

@@ -59,7 +59,7 @@ def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFa
         config = read_json(guarded_path(found.path, "config.json"))
         refuse_latents(config)
         return read_facts(config), ["no weights here: shapes were not checked"]
-    with open_model(found.path, allow_pickle=True) as model:
+    with open_model(found, adapter="ignore", allow_pickle=True) as model:
         return model.facts, list(model.warnings)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from convert.checkpoint.reader import Checkpoint
+from convert.config_keys import config_object
 from convert.facts import ModelFacts, read_facts, with_stored_dtype
 from convert.layer import LatentGeometry, LatentLayer
 from convert.targets.deepseek import CLASSES
 from convert.targets.deepseek_read import StockForm, norm_inputs, read_stock, stock_shapes
-from convert.targets.dense_blocks import config_object
 from convert.targets.latent import latent_shapes, unpack_latent
 from kvpatch.errors import UnsupportedModelError
 from kvpatch.memory import KVCache, latent_cache

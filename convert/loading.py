@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from convert.opening import open_model
+from convert.adapters import AdapterChoice, made_with
+from convert.checkpoint.adapter_config import ADAPTER_CONFIG
+from convert.checkpoint.manifest import read_manifest
+from convert.checkpoint.sidecars import tokenizer_folder
+from convert.checkpoint.staging import MANIFEST
+from convert.config_keys import running_config
+from convert.hub import fetch_source
+from convert.opening import OpenModel, open_model
 from convert.resources import check_ram
-from convert.targets.dense_blocks import config_object
 from convert.tokenizer_files import has_vocabulary, refusal
 from kvpatch.errors import (
     InputModelError,
@@ -89,35 +94,39 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+    adapter: AdapterChoice | None = None,
+) -> Any:
     """The model of a folder, in evaluation mode, in its stock class: what a conversion would take.
 
     Args:
-        folder: Checkpoint folder.
+        folder: Checkpoint folder, or one with an adapter alone.
         dtype: Dtype to load in; the checkpoint's own if None.
         device: Where it runs.
+        adapter: What to do with an adapter in the folder; it must be given for one beside weights.
 
     Raises:
-        InputModelError: If config.json and tensors contradict each other.
+        KvpatchError: Those of ``open_model``.
         ResourceError: If it does not fit into memory.
         VerificationError: If transformers does not load it.
     """
+    adapted = (folder / ADAPTER_CONFIG).exists()
     with ExitStack() as stack:
+        source = fetch_source(str(folder))
         try:
-            model = stack.enter_context(open_model(folder, latents=True, allow_pickle=True))
+            opened = open_model(source, adapter=adapter, latents=True, allow_pickle=True)
+            model = stack.enter_context(opened)
         except UnsupportedModelError:  # transformers may know it all the same
+            if adapted:
+                raise
             return load_as_stored(folder, dtype=dtype, device=device)
-        if not model.renamed:
+        if not (adapted or model.renamed):
             return _loaded(folder, dtype=dtype, device=device, may_leave_out=True)
-        checkpoint = model.checkpoint
-        own = config_object(checkpoint.config, checkpoint.config["model_type"])
-        return _loaded(
-            folder,
-            dtype=dtype if dtype is not None else getattr(torch, model.facts.dtype),
-            device=device,
-            config=own,
-            state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
-        )
+        return _loaded(folder, dtype=dtype, device=device, read=model)
 
 
 def load_as_stored(folder: Path, *, dtype: torch.dtype | None, device: str = "cpu") -> Any:
@@ -141,13 +150,19 @@ def _loaded(
     dtype: torch.dtype | None,
     device: str,
     may_leave_out: bool = False,
-    config: Any | None = None,
-    state_dict: dict[str, Tensor] | None = None,
+    read: OpenModel | None = None,
 ) -> Any:
-    """A model by transformers: of the files in its folder, or of a configuration and tensors."""
+    """A model by transformers, of the files in its folder or of what is read of it.
+
+    From a folder transformers would load an adapter by peft, whatever is asked for, and would miss
+    tensors with the names of a wrapper.
+    """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if read is None:
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    else:
+        weights = 2 * sum(info.nbytes for info in read.checkpoint.tensors.values())
     if device == "cpu":
         check_ram(2 * weights + _OVERHEAD, None, what=f"loading {folder}")
     common: dict[str, Any] = {
@@ -155,14 +170,21 @@ def _loaded(
         "output_loading_info": True,
     }
     try:
-        if state_dict is None:
+        if read is None:
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, **common
+                folder,
+                config=running_config(folder),
+                trust_remote_code=False,
+                local_files_only=True,
+                **common,
             )
         else:
-            class_ = AutoModelForCausalLM._model_mapping[type(config)]
-            model, report = class_.from_pretrained(
-                None, config=config, state_dict=state_dict, **common
+            config, checkpoint = running_config(read.checkpoint.config), read.checkpoint
+            model, report = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
+                **common,
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise VerificationError(f"{folder} does not load in transformers: {error}") from error
@@ -177,14 +199,17 @@ def _loaded(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder, or of the base of an adapter that has none.
 
     Raises:
         InputModelError: If there is none that transformers can load, with the reason.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    options = {"trust_remote_code": False, "local_files_only": True}
+    if (folder / ADAPTER_CONFIG).exists():
+        folder = tokenizer_folder(fetch_source(str(folder)).folders)
+    config = running_config(folder) if (folder / "config.json").is_file() else None
+    options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # bad files make it raise almost any
@@ -206,7 +231,12 @@ def check_same_tokens(ours: Any, theirs: Any, folder: Path, against: Path) -> No
 
 
 def load_pair(
-    folder: Path, against: Path | None, *, dtype: torch.dtype | None, device: str = "cpu"
+    folder: Path,
+    against: Path | None,
+    *,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+    adapter: AdapterChoice | None = None,
 ) -> Pair:
     """A model, and its source if there is one, ready to be measured.
 
@@ -215,6 +245,8 @@ def load_pair(
         against: Of the source.
         dtype: Dtype both run in; float32 on the CPU and the checkpoint's elsewhere if None.
         device: Where they run.
+        adapter: What to do with an adapter of the model; of the source, kvpatch.json of the model
+            says what was done with its own, and this where there is none.
 
     Raises:
         UsageError: If there is no such device.
@@ -229,6 +261,10 @@ def load_pair(
         tokenizer = load_tokenizer(folder)
         if against is not None:
             check_same_tokens(tokenizer, load_tokenizer(against), folder, against)
-        model = load_model(folder, dtype=dtype, device=device)
-        source = load_model(against, dtype=dtype, device=device) if against is not None else None
+        model = load_model(folder, dtype=dtype, device=device, adapter=adapter)
+        source = None
+        if against is not None:
+            if (folder / MANIFEST).is_file():
+                adapter = made_with(read_manifest(folder))
+            source = load_model(against, dtype=dtype, device=device, adapter=adapter)
     return Pair(str(folder), tokenizer, model, source)

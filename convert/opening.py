@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from convert.adapters import AdapterChoice, chosen_adapter, merged
 from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.sidecars import tokenizer_folder
+from convert.config_keys import refuse_settings
 from convert.facts import (
     ModelFacts,
     check_shapes,
@@ -25,13 +27,13 @@ from convert.facts import (
     read_facts,
     with_stored_dtype,
 )
-from convert.families import Family
 from convert.families.naming import (
     canonical_names,
     is_buffer,
     layer_and_rest,
     refuse_foreign_names,
 )
+from convert.hub import Source
 from convert.latent_source import LatentSource, latent_source
 from convert.stock import StockTensors, stock_tensors
 from convert.tokenizer_files import tokenizer_warnings
@@ -56,6 +58,7 @@ class OpenModel:
         left_out: Names on disk of tensors that its class does not read, other than old buffers.
         renamed: Whether transformers itself would miss tensors, by the names that they have.
         imported: Whether transformers was asked for the tensors of its class.
+        merged: Whether an adapter is merged into what is read.
         warnings: What the user should know.
     """
 
@@ -65,6 +68,7 @@ class OpenModel:
     left_out: tuple[str, ...]
     renamed: bool
     imported: bool
+    merged: bool
     warnings: tuple[str, ...]
 
     @property
@@ -75,55 +79,61 @@ class OpenModel:
 
 @contextmanager
 def open_model(
-    folder: Path,
+    source: Source,
     *,
+    adapter: AdapterChoice | None = None,
     latents: bool = False,
     allow_pickle: bool = False,
-    sizes: Mapping[str, int] | None = None,
 ) -> Iterator[OpenModel]:
     """Open a checkpoint and say what model it is, from config.json and headers.
 
     Only where config.json ties two embeddings that are both stored, these are read and compared.
 
     Args:
-        folder: The checkpoint.
+        source: The checkpoint, with its base if it is an adapter alone.
+        adapter: What is to be done with an adapter in it.
         latents: Whether it may cache latents already.
         allow_pickle: Read ``.bin`` files too, with ``weights_only``.
-        sizes: Bytes of each weight file, where only its header is there.
 
     Raises:
-        InputModelError: If files are damaged, the model is of an unknown kind, or config.json and
-            tensors contradict each other.
+        UsageError: If there is an adapter and no choice, or a choice and no adapter.
+        UnsupportedModelError: If kvpatch does not know models of its kind.
+        InputModelError: If files are damaged, or config.json and tensors contradict each other.
     """
-    with Checkpoint(folder, allow_pickle=allow_pickle, sizes=sizes) as checkpoint:
-        source = _latents(checkpoint, wanted=latents)
-        facts = _facts(checkpoint) if source is None else source.facts
+    found = chosen_adapter(source, adapter, allow_pickle=allow_pickle)
+    base = source.base or source
+    with Checkpoint(base.path, allow_pickle=allow_pickle, sizes=base.sizes) as stored:
+        refuse_settings(stored.config)
+        held = _latents(stored, wanted=latents)
+        facts = _facts(stored) if held is None else held.facts
         family = facts.family
-        refuse_foreign_names(checkpoint.tensors, family.heads)
-        warnings = list(checkpoint.warnings)
-        renamed = _named(checkpoint, family, warnings)
-        _refuse_quantised(checkpoint)
-        tied = _tied(checkpoint, facts, headers_alone=sizes is not None, warnings=warnings)
+        refuse_foreign_names(stored.tensors, family.heads)
+        warnings = list(stored.warnings)
+        renamed = _named(stored, facts, warnings)
+        _refuse_quantised(stored)
+        checkpoint = stored if found is None else merged(stored, found, family)
+        tied = _tied(checkpoint, facts, headers_alone=base.sizes is not None, warnings=warnings)
         if tied != facts.tied:  # which only ever becomes false
             checkpoint.config = {**checkpoint.config, _TIED: tied}
-            source = _latents(checkpoint, wanted=latents)
+            held = _latents(checkpoint, wanted=latents)
             facts = dataclasses.replace(facts, tied=tied)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        check_shapes(facts if source is None else source.plan_facts, shapes)
+        check_shapes(facts if held is None else held.plan_facts, shapes)
         stock = stock_tensors(
-            checkpoint.config, facts if source is None else None, shapes, heads=family.heads
+            checkpoint.config, facts if held is None else None, shapes, heads=family.heads
         )
         _refuse_missing(stock, shapes, facts)
         left_out = _leave_out(checkpoint, stock, facts, warnings)
-        warnings += tokenizer_warnings(folder, shapes[family.embedding][0])
+        tokenizer = tokenizer_folder(source.folders)
         yield OpenModel(
             checkpoint=checkpoint,
             facts=facts,
-            latents=source,
+            latents=held,
             left_out=left_out,
             renamed=renamed,
-            imported=stock.imported or source is not None,
-            warnings=tuple(warnings),
+            imported=stock.imported or held is not None,
+            merged=found is not None,
+            warnings=(*warnings, *tokenizer_warnings(tokenizer, shapes[family.embedding][0])),
         )
 
 
@@ -152,12 +162,13 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
     return with_stored_dtype(read_facts(checkpoint.config), dtypes)
 
 
-def _named(checkpoint: Checkpoint, family: Family, warnings: list[str]) -> bool:
+def _named(checkpoint: Checkpoint, facts: ModelFacts, warnings: list[str]) -> bool:
     """Give tensors the names of the family table, and leave old buffers out.
 
     Returns:
         Whether transformers would not find all of them by the names on disk.
     """
+    family = facts.family
     names = canonical_names(checkpoint.tensors, family)
     bare = {own.removeprefix(family.base) for own in names.values()}
     # transformers adds or removes the prefix of the base model by itself
@@ -168,6 +179,10 @@ def _named(checkpoint: Checkpoint, family: Family, warnings: list[str]) -> bool:
             f"tensors have the names of a wrapper: {old!r} is read as {names[old]!r}, the others "
             "likewise"
         )
+    if facts.tied and family.embedding not in names.values():  # the head alone serves as both
+        names = {
+            old: family.embedding if own in family.heads else own for old, own in names.items()
+        }
     checkpoint.rename({old: own for old, own in names.items() if not is_buffer(own, family)})
     return bool(foreign)
 
@@ -186,16 +201,13 @@ def _tied(
 ) -> bool:
     """Whether input and output embedding are one, as transformers decides it.
 
-    config.json alone does not say it: where both are stored and differ, they are not tied; where
-    only the output embedding is, it serves as both.
+    config.json alone does not say it: where both are stored and differ, they are not tied.
     """
     family = facts.family
     head = next((name for name in family.heads if name in checkpoint.tensors), None)
     if not facts.tied or head is None:
         return facts.tied
     if family.embedding not in checkpoint.tensors:
-        names = {name: name for name in checkpoint.tensors}
-        checkpoint.rename({**names, head: family.embedding})
         return True
     if headers_alone:
         warnings.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
-from convert.checkpoint.sidecars import side_files
+from convert.checkpoint.sidecars import gathered_files, tokenizer_folder
 from convert.checkpoint.staging import MANIFEST, Staging, check_output, unfinished
 from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
@@ -27,7 +27,7 @@ from convert.execute import execute
 from convert.exporting import Export, examined, export_of, export_unit
 from convert.facts import has_latents, read_facts
 from convert.foreseen import foreseen
-from convert.hub import Source, fetch_source, opened_source, user_path
+from convert.hub import Source, fetched, opened_source, user_path
 from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
@@ -63,7 +63,7 @@ class Prepared:
     windows: Windows | None
     latents: LatentChoice | None
     export: Export | None
-    side_files: list[str]
+    side_files: dict[str, Path]
     metadata: dict[str, Any]
     warnings: list[str]
 
@@ -96,19 +96,20 @@ def prepare(
             recipe.source, revision=recipe.revision, allow_pickle=pickle, whole=False
         )
         source = stack.enter_context(found)
-        if to_write and recipe.output is not None:
-            check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+        if to_write:
+            _check_output(recipe, source)
         model = stack.enter_context(_opened(source, recipe))
+        if model.merged:
+            recipe = recipe.model_copy(update={"adapter": "merge"})
         recipe, scheme, export = _foreseen(recipe, model)
         windows, latents = _windows(recipe, source, model), None
         plan = _plan(recipe, model, scheme, windows)
         if to_write:
             _check_room(plan, recipe)
         if to_write or not recipe.planned_from_headers:
-            if source.repository is not None and source.sizes is not None:
-                source = fetch_source(source.repository, revision=source.revision)
-                if recipe.output is not None:
-                    check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
+            if not source.whole:
+                source = fetched(source)
+                _check_output(recipe, source)
                 # weights tell what headers do not, such as whether two embeddings are equal
                 model = stack.enter_context(_opened(source, recipe))
                 recipe, scheme, export = _foreseen(recipe, model)
@@ -120,7 +121,8 @@ def prepare(
         warnings = [*model.warnings, *scheme.warnings, *scheme.caveats]
         metadata: dict[str, Any] = {}
         try:
-            metadata = inherited_metadata(source.path)
+            for folder in source.folders:
+                metadata |= inherited_metadata(folder)
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
@@ -133,19 +135,29 @@ def prepare(
             windows=windows,
             latents=latents,
             export=export,
-            side_files=side_files(source.path),
+            side_files=gathered_files(source.folders),
             metadata=metadata,
             warnings=warnings,
         )
 
 
-def _opened(source: Source, recipe: Recipe) -> AbstractContextManager[OpenModel]:
-    return open_model(
-        source.path,
+def _check_output(recipe: Recipe, source: Source) -> None:
+    if recipe.output is not None:
+        for folder in source.folders:
+            check_output(user_path(recipe.output), folder, overwrite=recipe.overwrite)
+
+
+@contextmanager
+def _opened(source: Source, recipe: Recipe) -> Iterator[OpenModel]:
+    with open_model(
+        source,
+        adapter=recipe.adapter,
         latents=isinstance(recipe, ExportRecipe),
         allow_pickle=recipe.allow_pickle,
-        sizes=source.sizes,
-    )
+    ) as model:
+        if recipe.adapter == "merge" and not model.merged:
+            raise UsageError(f"--adapter merge: there is no adapter in {source.name}")
+        yield model
 
 
 def _foreseen(recipe: Recipe, model: OpenModel) -> tuple[Recipe, Scheme, Export | None]:
@@ -213,7 +225,7 @@ def _windows(recipe: Recipe, source: Source, model: OpenModel) -> Windows | None
     check_device(recipe.device)
     assert recipe.context is not None
     return windows_from(
-        source.path,
+        tokenizer_folder(source.folders),
         user_path(recipe.calibration),
         rows=model.rows,
         samples=recipe.samples,
@@ -356,8 +368,8 @@ def _write_small_files(
     """Side files, config, index, card and manifest, in this order."""
     plan, recipe, folder = prepared.plan, prepared.recipe, staging.path
     files = {file: record for file, (record, _) in staging.finished.items()}
-    for name in prepared.side_files:
-        files[name] = copy_file(guarded_path(prepared.source.path, name), folder / name)
+    for name, origin in prepared.side_files.items():
+        files[name] = copy_file(guarded_path(origin, name), folder / name)
     target = plan.target
     config = with_dtype(target.edit(prepared.checkpoint.config), recipe.dtype)
     files[_CONFIG] = write_file(folder / _CONFIG, config_json(config))

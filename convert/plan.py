@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from convert.checkpoint.adapted import AdaptedCheckpoint
 from convert.checkpoint.reader import CHUNK_BYTES, Checkpoint
 from convert.checkpoint.safetensors_header import TensorInfo
 from convert.facts import ModelFacts
@@ -137,6 +138,7 @@ def make_plan(
     tensors = checkpoint.tensors
     steps = list(Steps(tensors, facts, method, target, sources, cast))
     working = max(_working_bytes(step, tensors, method) for step in steps)
+    merging = checkpoint.merging_bytes if isinstance(checkpoint, AdaptedCheckpoint) else 0
     loads_transformers = imported or windows is not None or scheme.kv_heads is None
     if windows is not None:
         working = max(
@@ -154,7 +156,7 @@ def make_plan(
         before=scheme.before or facts.cache(),
         after=scheme.cache,
         source_bytes=sum(info.nbytes for info in tensors.values()),
-        peak_ram=working + (_TRANSFORMERS_RAM if loads_transformers else RUNTIME_RAM),
+        peak_ram=working + merging + (_TRANSFORMERS_RAM if loads_transformers else RUNTIME_RAM),
         plan_id=_identity(checkpoint, identity),
     )
 

@@ -46,6 +46,9 @@ class _Conversion(BaseModel):
     source: str = Field(description="Folder, or org/name[@revision] on the Hub.", min_length=1)
     output: str | None = Field(None, description="Folder to make; must not exist.", min_length=1)
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub source.")
+    adapter: Literal["merge", "ignore"] | None = Field(
+        None, description="What to do with an adapter beside the weights; must be given for one."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the weights written; the source's if not given."
     )

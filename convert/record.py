@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint.staging import Staging
 from convert.checkpoint.writer import FileRecord
+from convert.hub import Source
 from convert.texts import Windows
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def manifest_of(
             "architecture": plan.facts.family.architecture,
             "revision": source.revision,
             "metadata": prepared.metadata,
+            **({} if source.base is None else {"base": _base(source.base)}),
             "files": {
                 name: {"size": record.size, "sha256": record.sha256}
                 for name, record in sources.items()
@@ -56,6 +58,11 @@ def manifest_of(
         **({"caveats": list(prepared.scheme.caveats)} if prepared.scheme.caveats else {}),
         **({} if export is None else {"lineage": _lineage(export.earlier, sources)}),
     }
+
+
+def _base(base: Source) -> dict[str, Any]:
+    """The model that a source, which is an adapter alone, is merged into."""
+    return {"name": base.name, "repository": base.repository, "revision": base.revision}
 
 
 def _lineage(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from convert.config_keys import running_config
 from convert.facts import ModelFacts
-from convert.targets.dense_blocks import config_object
 from kvpatch.errors import InputModelError
 
 __all__ = ["StockTensors", "stock_tensors"]
@@ -124,7 +124,7 @@ def _of_class(config_text: str) -> tuple[Mapping[str, Shape], Mapping[str, Shape
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     config = json.loads(config_text)
-    own = config_object(config, config["model_type"])
+    own = running_config(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(own, attn_implementation="eager")

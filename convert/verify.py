@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from convert.adapters import made_with
 from convert.checkpoint.manifest import changed_files, read_manifest
 from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.staging import MANIFEST
 from convert.facts import ModelFacts, has_latents, read_facts
 from convert.families import tensor_names
 from convert.families.naming import layer_and_rest
+from convert.hub import Source, fetch_source
 from convert.loading import load_as_stored, load_tokenizer, quiet_transformers
-from convert.opening import open_model
+from convert.opening import OpenModel, open_model
 from convert.targets.deepseek import deepseek_class
 from kvpatch.errors import InputModelError, KvpatchError, VerificationError
 from kvpatch.memory import KVCache, latent_cache
@@ -111,7 +114,7 @@ def _hashes(folder: Path) -> str:
 
 
 def _shapes(folder: Path) -> str:
-    with open_model(folder, latents=True) as model:
+    with open_model(Source(folder, folder.name), adapter="ignore", latents=True) as model:
         if model.left_out:
             raise VerificationError(
                 f"the class does not read {', '.join(map(repr, model.left_out[:5]))}"
@@ -133,13 +136,23 @@ def _finite(folder: Path) -> str:
 
 def _source(folder: Path, source: Path) -> str:
     recorded = read_manifest(folder)["source"]["files"]
-    with Checkpoint(source, allow_pickle=True) as checkpoint:
+    with _opened(folder, source) as model:
+        checkpoint = model.checkpoint
         found = {file: checkpoint.sha256(file) for file in checkpoint.files}
     expected = {file: record["sha256"] for file, record in recorded.items()}
     if found != expected:
         wrong = sorted(f for f in found.keys() | expected.keys() if found.get(f) != expected.get(f))
         raise VerificationError(f"this is not the source it was made from: {', '.join(wrong)}")
     return f"{len(found)} source files as recorded"
+
+
+@contextmanager
+def _opened(folder: Path, source: Path) -> Iterator[OpenModel]:
+    """The source of a result, with its adapter merged or left out as it was then."""
+    adapter = made_with(read_manifest(folder))
+    origin = fetch_source(str(source), allow_pickle=True)
+    with open_model(origin, adapter=adapter, latents=True, allow_pickle=True) as model:
+        yield model
 
 
 def _tokens(folder: Path, source: Path) -> str:
@@ -154,7 +167,7 @@ def _tokens(folder: Path, source: Path) -> str:
 def _untouched(folder: Path, source: Path) -> str:
     with (
         Checkpoint(folder) as new,
-        open_model(source, latents=True, allow_pickle=True) as model,
+        _opened(folder, source) as model,
     ):
         old, facts, latents = model.checkpoint, model.facts, model.latents
         if latents is not None:  # an export

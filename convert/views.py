@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from convert.checkpoint.adapted import AdaptedCheckpoint
+from convert.checkpoint.adapter_config import ADAPTER_CONFIG
 from convert.console import Console
 from convert.inspection import CacheRow
 from convert.pipeline import Prepared
@@ -81,7 +83,8 @@ def _word(value: Any) -> str:
 
 def plan_data(prepared: Prepared) -> dict[str, Any]:
     """Everything the plan says, in plain types."""
-    plan, facts = prepared.plan, prepared.plan.facts
+    plan, facts, checkpoint = prepared.plan, prepared.plan.facts, prepared.checkpoint
+    changed = checkpoint.changes if isinstance(checkpoint, AdaptedCheckpoint) else {}
     return {
         "source": prepared.source.name,
         "revision": prepared.source.revision,
@@ -100,13 +103,16 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "context": facts.context,
         "bytes": [plan.source_bytes, plan.output_bytes],
         "parameters": plan.parameters,
+        "adapter": _adapter(prepared),
         "peak_ram": plan.peak_ram,
         "files": {shard.file: sum(step.nbytes for step in shard.steps) for shard in plan.shards},
-        "side_files": prepared.side_files,
+        "side_files": list(prepared.side_files),
         "tensors": [
             {
                 "name": fate.name,
-                "action": fate.action,
+                "action": "merge"
+                if fate.action == "copy" and fate.name in changed
+                else fate.action,
                 "before": list(fate.before),
                 "after": list(fate.after) if fate.after is not None else None,
             }
@@ -114,6 +120,22 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         ],
         "added_tensors": _added(prepared),
     }
+
+
+def _adapter(prepared: Prepared) -> dict[str, Any] | None:
+    """The adapter of the source, and what is done with it; None if there is none."""
+    checkpoint, base = prepared.checkpoint, prepared.source.base
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return {
+            "action": "merge",
+            "file": checkpoint.adapter.file,
+            "rank": checkpoint.adapter.config["r"],
+            "tensors": len(checkpoint.changes),
+            "base": None if base is None else base.name,
+        }
+    if not (prepared.source.path / ADAPTER_CONFIG).exists():
+        return None
+    return {"action": "ignore", "file": None, "rank": None, "tensors": 0, "base": None}
 
 
 def _added(prepared: Prepared) -> list[dict[str, Any]]:
@@ -195,6 +217,14 @@ def print_plan(data: Mapping[str, Any], console: Console) -> None:
     count = f"{len(files)} weight files" if len(files) > 1 else "1 weight file"
     console.line(f"{count}, {format_bytes(sum(files.values()))}")
     console.line(f"side files copied: {', '.join(data['side_files']) or 'none'}")
+    if (adapter := data["adapter"]) is not None:
+        of = f" of {adapter['base']}" if adapter["base"] else ""
+        console.line(
+            f"adapter: {adapter['file']}, LoRA of rank {adapter['rank']}{of}, merged into "
+            f"{adapter['tensors']} tensors"
+            if adapter["action"] == "merge"
+            else f"adapter: left out ({ADAPTER_CONFIG})"
+        )
     console.line(f"peak memory: {format_bytes(data['peak_ram'])}")
 
 

@@ -22,6 +22,7 @@ from convert.checkpoint.reader import Checkpoint
 from convert.decoder import Decoder
 from convert.facts import ModelFacts
 from convert.families import tensor_names, unpack
+from convert.hub import fetch_source
 from convert.layer import AttentionLayer
 from convert.methods.attention import keys, plane_order, queries, values
 from convert.methods.fitting import head_outputs, projected
@@ -163,7 +164,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Checkpoint, ModelFacts, Decoder]]:
-    with open_model(folder) as model:
+    with open_model(fetch_source(str(folder))) as model:
         decoder = Decoder(model.checkpoint, model.facts, context=T, device="cpu")
         yield model.checkpoint, model.facts, decoder
 

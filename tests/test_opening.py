@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from convert.hub import Source
 from convert.loading import load_model, quiet_transformers
 from convert.opening import open_model
 from convert.stock import stock_tensors
@@ -60,7 +61,7 @@ def _logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_checkpoints_are_read_whole_and_without_a_word(name: str, tmp_path: Path) -> None:
     folder = _saved(tmp_path / "model", name)
-    with open_model(folder) as model:
+    with open_model(Source(folder, "")) as model:
         assert (model.left_out, model.renamed, model.warnings) == ((), False, ())
         stored = load_file(folder / "model.safetensors")
         assert model.checkpoint.tensors.keys() == stored.keys()
@@ -71,7 +72,7 @@ def test_what_config_json_says_of_plain_blocks_is_what_the_class_has(
     name: str, tmp_path: Path
 ) -> None:
     """The truth is a model that transformers builds; transformers is not asked for these."""
-    with open_model(_saved(tmp_path / "model", name)) as model:
+    with open_model(Source(_saved(tmp_path / "model", name), "")) as model:
         assert not model.imported
         facts, config = model.facts, model.checkpoint.config
         found = stock_tensors(config, facts, {}, heads=facts.family.heads)

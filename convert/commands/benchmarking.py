@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convert.commands.boundary import command
-from convert.commands.flags import Debug, Json, Quiet
+from convert.commands.flags import AdapterChoice, Debug, Json, Quiet
 from convert.console import Console
 
 __all__ = ["bench"]
@@ -30,6 +30,7 @@ def bench(
             "CPU, else the model's."
         ),
     ] = None,
+    adapter: AdapterChoice = None,
     patched: Annotated[
         bool | None,
         typer.Option(
@@ -52,6 +53,7 @@ def bench(
         kvpatch bench ./llama-2-7b-mla --prompt 8192 --plot speed.png
     """
     from convert import results, views  # noqa: PLC0415
+    from convert.adapters import adapter_choice  # noqa: PLC0415
     from convert.bench import bench_checkpoints  # noqa: PLC0415
     from convert.hub import fetch_source, user_path  # noqa: PLC0415
     from convert.reporting.speed import check_plot, write_plot  # noqa: PLC0415
@@ -68,6 +70,7 @@ def bench(
             rounds=rounds,
             device=device,
             dtype=results.torch_dtype(dtype),
+            adapter=adapter_choice(adapter),
             patched=patched,
             progress=progress,
             note=console.note,

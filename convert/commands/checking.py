@@ -50,15 +50,16 @@ def inspect(
         kvpatch inspect ./llama-2-7b --context 32768 --batch 8
         kvpatch inspect --layers 61 --heads 128 --head-dim 128 --context 100000
     """
-    from convert import inspection, views  # noqa: PLC0415
+    from convert import adapters, inspection, views  # noqa: PLC0415
 
     console = Console(json=json, quiet=quiet)
     if source is not None:
         if layers or heads or head_dim or kv_heads or value_bytes:
             raise UsageError("give either SRC, or --layers, --heads and the like")
-        facts, warnings = inspection.inspect_source(source, revision=revision)
+        text, at, adapter = adapters.described(source, revision)
+        facts, warnings = inspection.inspect_source(text, revision=at)
         description, rows = inspection.describe(facts), inspection.facts_rows(facts)
-        for warning in warnings:
+        for warning in warnings if adapter is None else [adapter, *warnings]:
             console.warn(warning)
     elif layers and heads and head_dim:
         if revision is not None:

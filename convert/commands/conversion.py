@@ -10,6 +10,7 @@ import typer
 
 from convert.commands.boundary import command
 from convert.commands.flags import (
+    AdapterChoice,
     AllowNonfinite,
     AllowPickle,
     Arch,
@@ -65,6 +66,7 @@ def gqa(
     seed: Seed = 0,
     device: Device = "cpu",
     target: TargetClass = None,
+    adapter: AdapterChoice = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
@@ -101,6 +103,7 @@ def mqa(
     seed: Seed = 0,
     device: Device = "cpu",
     target: TargetClass = None,
+    adapter: AdapterChoice = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
@@ -153,6 +156,7 @@ def cla(
     context: Context = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    adapter: AdapterChoice = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
@@ -228,6 +232,7 @@ def mla(
     target: TargetClass = None,
     arch: Arch = "deepseek_v3",
     serving: Serving = False,
+    adapter: AdapterChoice = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
@@ -265,6 +270,7 @@ def export(
     ],
     arch: Arch = "deepseek_v3",
     serving: Serving = False,
+    adapter: AdapterChoice = None,
     dtype: Dtype = None,
     max_shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,

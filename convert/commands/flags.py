@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AdapterChoice",
     "AllowNonfinite",
     "AllowPickle",
     "Arch",
@@ -73,6 +74,10 @@ Serving = Annotated[
 Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a Hub source; default: its main branch."),
+]
+AdapterChoice = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Adapter beside the weights: merge it, or ignore it."),
 ]
 Dtype = Annotated[
     str | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.commands.boundary import command
-from convert.commands.flags import Debug, Json, Quiet
+from convert.commands.flags import AdapterChoice, Debug, Json, Quiet
 from convert.console import Console
 from kvpatch.errors import UsageError
 
@@ -76,6 +76,7 @@ def eval(  # noqa: A001 - the command's name
     include_path: Annotated[
         Path | None, typer.Option(help="Tasks: folder with more of them.")
     ] = None,
+    adapter: AdapterChoice = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
@@ -153,6 +154,7 @@ def _measure(
 ) -> None:
     """Measure all kinds on one loaded pair, show the results and save them if asked to."""
     from convert import loading, results, views  # noqa: PLC0415
+    from convert.adapters import adapter_choice  # noqa: PLC0415
     from convert.harness import check_harness  # noqa: PLC0415
     from convert.hub import fetch_source  # noqa: PLC0415
     from convert.texts import read_text  # noqa: PLC0415
@@ -172,6 +174,7 @@ def _measure(
         fetch_source(against).path if against is not None else None,
         dtype=results.torch_dtype(options["dtype"]),
         device=options["device"],
+        adapter=adapter_choice(options["adapter"]),
     )
     measured = _measured(pair, content, options, settings, console)
     console.result(views.measured_data(measured), lambda: views.print_measured(measured, console))

@@ -83,7 +83,7 @@ def uptrain(
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Tokens between checkpoints; default: a twentieth of all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the text, and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
     resume: Resume = True,

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from convert.hub.source import Source, fetch_config, fetch_source, opened_source, user_path
+from convert.hub.source import (
+    Source,
+    fetch_config,
+    fetch_source,
+    fetched,
+    opened_source,
+    user_path,
+)
 
-__all__ = ["Source", "fetch_config", "fetch_source", "opened_source", "user_path"]
+__all__ = ["Source", "fetch_config", "fetch_source", "fetched", "opened_source", "user_path"]

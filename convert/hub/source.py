@@ -7,22 +7,32 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from convert.checkpoint.adapter_config import ADAPTER_CONFIG, base_of, is_alone
 from convert.checkpoint.paths import hub_snapshot
 from convert.checkpoint.safetensors_header import header_bytes
 from convert.checkpoint.sidecars import DOWNLOADED, NOT_DOWNLOADED
 from convert.hub.client import hub_errors, quiet_client
 from kvpatch.errors import InputModelError, UsageError
 
-__all__ = ["REPOSITORY", "Source", "fetch_config", "fetch_source", "opened_source", "user_path"]
+__all__ = [
+    "REPOSITORY",
+    "Source",
+    "fetch_config",
+    "fetch_source",
+    "fetched",
+    "opened_source",
+    "user_path",
+]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLED = ("*.bin", "*.bin.index.json")
 _WEIGHTS = ".safetensors"
 _FIRST_BYTES = 1 << 17  # of a weight file; most headers are shorter
+Base = tuple[str, str | None]  # folder or repository, and revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,7 @@ class Source:
         repository: ``org/name`` if it comes from the Hub.
         revision: Commit if it comes from the Hub.
         sizes: Bytes of each weight file, where only the headers of these are in the folder.
+        base: What has the weights, where the folder holds an adapter alone.
     """
 
     path: Path
@@ -42,10 +53,23 @@ class Source:
     repository: str | None = None
     revision: str | None = None
     sizes: Mapping[str, int] | None = None
+    base: Source | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where its files are: those of its base, if it has one, and its own, which go first."""
+        return [self.path] if self.base is None else [self.base.path, self.path]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are here, and not only their headers."""
+        return self.sizes is None and (self.base is None or self.base.whole)
 
 
 def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool = False) -> Source:
     """The checkpoint folder that ``text`` names, downloaded if it is on the Hub.
+
+    With a folder that holds an adapter alone comes the base that its config names.
 
     All files are of one commit, even if the branch moves meanwhile: huggingface_hub resolves the
     revision once, and the snapshot's folder is named by the commit.
@@ -60,16 +84,58 @@ def fetch_source(text: str, *, revision: str | None = None, allow_pickle: bool =
         NetworkError: If the Hub has no such repository or revision, or refuses, or cannot be
             reached.
     """
+    source, base = _fetched(text, revision, allow_pickle)
+    return source if base is None else replace(source, base=_fetched(*base, allow_pickle)[0])
+
+
+def fetched(source: Source) -> Source:
+    """A source of whose weights only headers are here, downloaded whole.
+
+    Raises:
+        NetworkError: As of ``fetch_source``.
+    """
+    if source.base is not None:
+        return replace(source, base=source.base if source.base.whole else fetched(source.base))
+    assert source.repository is not None, "what is local is whole"
+    return fetch_source(source.repository, revision=source.revision)
+
+
+def _fetched(text: str, revision: str | None, allow_pickle: bool) -> tuple[Source, Base | None]:
+    """What ``text`` names, and if it is an adapter alone, what that one's base is."""
     local, repository, revision = _parse(text, revision)
     if local is not None:
-        return local
+        return local, _base(local, ())
     with hub_errors(repository, revision):
         files = _files(repository, revision)
         patterns = list(DOWNLOADED)
         if files and not any(file.endswith(_WEIGHTS) for file in files) and allow_pickle:
             patterns += _PICKLED
         path = _snapshot(repository, revision, patterns, NOT_DOWNLOADED)
-    return Source(path, repository, repository, path.name)
+    source = Source(path, repository, repository, path.name)
+    return source, _base(source, files)
+
+
+def _base(source: Source, files: Sequence[str]) -> Base | None:
+    """The base of an adapter alone; None for a model.
+
+    Args:
+        source: What was fetched, which may be a part.
+        files: Names of all files there are; those of the folder if none are given.
+    """
+    names = files or [path.name for path in source.path.iterdir()]
+    if not is_alone(names):
+        return None
+    base, revision = base_of(source.path)
+    if Path(base).is_dir():
+        return base, None
+    if not _names_repository(base):
+        raise InputModelError(
+            f"{source.name} is an adapter without weights, and its base {base!r} is neither a "
+            "folder here nor a repository of the form org/name",
+            hint=f"Correct base_model_name_or_path in {ADAPTER_CONFIG}, or put the files of the "
+            "adapter beside the weights of its base.",
+        )
+    return base, revision
 
 
 @contextmanager
@@ -85,9 +151,16 @@ def opened_source(
     names: list[str] = []
     if local is None and not whole:
         with hub_errors(repository, at):
-            names = [name for name in _files(repository, at) if name.endswith(_WEIGHTS)]
+            files = _files(repository, at)
+        names = [name for name in files if name.endswith(_WEIGHTS) and not is_alone(files)]
     if not names:
-        yield local or fetch_source(text, revision=revision, allow_pickle=allow_pickle)
+        source, base = _fetched(text, revision, allow_pickle)
+        if base is None:
+            yield source
+            return
+        name, at = base
+        with opened_source(name, revision=at, allow_pickle=allow_pickle, whole=whole) as opened:
+            yield replace(source, base=opened)
         return
     with tempfile.TemporaryDirectory(prefix="kvpatch-headers-") as folder:
         with hub_errors(repository, at):
@@ -96,16 +169,24 @@ def opened_source(
 
 
 def fetch_config(text: str, *, revision: str | None = None) -> Source:
-    """As ``fetch_source``, but of a Hub repository only config.json is downloaded."""
+    """As ``fetch_source``, but of a Hub repository only its configs are downloaded."""
+    source, base = _fetched_config(text, revision)
+    return source if base is None else replace(source, base=_fetched_config(*base)[0])
+
+
+def _fetched_config(text: str, revision: str | None) -> tuple[Source, Base | None]:
     local, repository, revision = _parse(text, revision)
     if local is not None:
-        return local
+        return local, _base(local, ())
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
 
     with hub_errors(repository, revision):
-        _files(repository, revision)
-        file = Path(hf_hub_download(repository, "config.json", revision=revision))
-    return Source(file.parent, repository, repository, file.parent.name)
+        files = _files(repository, revision)
+        adapter = [ADAPTER_CONFIG] if ADAPTER_CONFIG in files else []
+        for name in adapter if is_alone(files) else ("config.json", *adapter):
+            file = Path(hf_hub_download(repository, name, revision=revision))
+    source = Source(file.parent, repository, repository, file.parent.name)
+    return source, _base(source, files or ["config.json"])
 
 
 def user_path(text: str) -> Path:
@@ -134,11 +215,15 @@ def _parse(text: str, revision: str | None) -> tuple[Source | None, str, str | N
     repository, at, tail = text.partition("@")
     if at and revision is not None:
         raise UsageError(f"both {text} and --revision {revision} name a revision; give one")
-    if path.exists() or not REPOSITORY.fullmatch(repository) or text.startswith((".", "/", "~")):
+    if path.exists() or not _names_repository(repository):
         raise InputModelError(
             f"{text} is neither a folder nor a repository of the form org/name[@revision]"
         )
     return None, repository, tail or revision
+
+
+def _names_repository(text: str) -> bool:
+    return REPOSITORY.fullmatch(text) is not None and not text.startswith((".", "/", "~"))
 
 
 def _snapshot(

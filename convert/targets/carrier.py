@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from convert.config_keys import result_config
 from convert.facts import ModelFacts
 from convert.families import Family
 from convert.families.naming import layer_and_rest
@@ -102,7 +103,7 @@ def _edit(
     config: Mapping[str, Any], *, row: Carrier, facts: ModelFacts, kv_heads: int
 ) -> dict[str, Any]:
     """A config.json of the result's class, with no key of the source's that it does not know."""
-    full = facts.config
+    full, kept = facts.config, result_config(facts.config)
     usual = {
         "hidden_size": facts.geometry.hidden,
         "intermediate_size": full.get("intermediate_size") or 4 * facts.geometry.hidden,
@@ -119,7 +120,7 @@ def _edit(
     return {
         "architectures": [row.result.architecture],
         "model_type": row.result.model_type,
-        **{key: full[key] for key in _KEPT if key in full},
+        **{key: kept[key] for key in _KEPT if key in kept},
         **{row.spelling.get(key, key): value for key, value in usual.items()},
         **row.also(facts, kv_heads),
         **{key: config[key] for key in _STATED if key in config},

@@ -174,7 +174,7 @@ def _sizes(facts: ModelFacts, stock: Any, layout: Layout) -> dict[str, Any]:
         "initializer_range": stock.initializer_range,
         "max_position_embeddings": facts.context,
         "rope_interleave": True,
-        "use_cache": stock.use_cache,
+        "use_cache": True,
         "bos_token_id": stock.bos_token_id,
         "eos_token_id": stock.eos_token_id,
         "pad_token_id": stock.pad_token_id,

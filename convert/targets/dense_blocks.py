@@ -7,15 +7,14 @@ written for it by folding the factors into weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from convert.config_keys import config_object
 from convert.facts import ModelFacts
-from kvpatch.errors import InputModelError
 
-__all__ = ["BLOCKS", "Block", "block_problem", "config_object", "stock_config"]
+__all__ = ["BLOCKS", "Block", "block_problem", "stock_config"]
 
 
 def _one(_: Any) -> float:
@@ -74,17 +73,6 @@ def stock_config(facts: ModelFacts) -> Any:
         InputModelError: If transformers does not accept config.json.
     """
     return config_object(facts.config, facts.family.model_type)
-
-
-def config_object(config: Mapping[str, Any], model_type: str) -> Any:
-    """A configuration object of transformers or kvpatch; see ``stock_config``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
-
-    own = copy.deepcopy(dict(config))  # transformers completes nested objects in place
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(own)
-    except Exception as error:
-        raise InputModelError(f"config.json: transformers does not accept it: {error}") from error
 
 
 def block_problem(facts: ModelFacts) -> str | None:

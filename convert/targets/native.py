@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from convert.config_keys import result_config
 from convert.facts import ModelFacts
 from convert.targets.target import Target
 
@@ -29,17 +30,13 @@ def same_class(facts: ModelFacts, *, kv_heads: int) -> Target | None:
         model_type=family.model_type,
         architecture=family.architecture,
         family=family,
-        edit=partial(_edit, keys=keys),
+        edit=partial(_edit, keys={"architectures": [family.architecture], **keys}),
     )
 
 
 def _edit(config: Mapping[str, Any], *, keys: Mapping[str, object]) -> dict[str, Any]:
-    """The source's config.json with a few new keys, all others as they were.
-
-    ``auto_map`` goes: the result loads in the stock class, and code of the source would not know
-    that its heads were pooled.
-    """
-    return {key: value for key, value in config.items() if key != "auto_map"} | dict(keys)
+    """The source's config.json with a few new keys."""
+    return {**result_config(config), **keys}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

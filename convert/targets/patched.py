@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from convert.config_keys import result_config
 from convert.facts import ModelFacts
 from convert.families import Family
 from convert.families.separate import separate
@@ -46,7 +47,7 @@ def _edit(
     config: Mapping[str, Any], *, family: Family, kv_heads: int, sources: Sequence[int] | None
 ) -> dict[str, Any]:
     edited = {
-        **config,
+        **result_config(config),
         "model_type": PREFIX + family.model_type,
         "architectures": [class_names(family.model_type)["AutoModelForCausalLM"]],
         "auto_map": auto_map(family.model_type),

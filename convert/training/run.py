@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from convert.adapters import made_with
+from convert.checkpoint.adapter_config import ADAPTER_CONFIG
 from convert.checkpoint.manifest import read_manifest, tool_versions
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint, read_json
@@ -126,7 +128,13 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
         check_output(user_path(recipe.output), source.path, overwrite=recipe.overwrite)
     check_device("cuda" if recipe.device == "cuda" else "cpu")
     manifest = read_manifest(source.path)
-    with open_model(source.path, latents=True) as model:
+    if (source.path / ADAPTER_CONFIG).exists():
+        raise UsageError(
+            f"an adapter lies beside the weights of {source.name} ({ADAPTER_CONFIG}), which "
+            "training would leave as it is",
+            hint="Merge it into the weights, or move it elsewhere.",
+        )
+    with open_model(source, latents=True) as model:
         checkpoint = model.checkpoint
         detour = detour_of(checkpoint)
         context = recipe.context or min(512, position_limit(checkpoint.config))
@@ -142,13 +150,13 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
             check_text(text)
         teacher = _teacher(recipe, manifest)
         if teacher is not None:
-            config = read_json(guarded_path(teacher.path, "config.json"))
+            config = read_json(guarded_path((teacher.base or teacher).path, "config.json"))
             theirs = check_length(config, context, name=teacher.name, asked=asked)
             warnings = warnings or theirs
         identity = {
             "recipe": recipe.model_dump(exclude=_NOT_IDENTITY),
             "source": manifest["files"],
-            "teacher": None if teacher is None else _weight_sizes(teacher.path),
+            "teacher": None if teacher is None else _weight_sizes(teacher.folders),
             "texts": [_text_hash(text) for text in texts],
         }
         yield Prepared(
@@ -292,7 +300,11 @@ def _loaded(prepared: Prepared, accelerator: Any, folder: Path) -> tuple[Any, An
             path = prepared.teacher.path
             check_same_tokens(tokenizer, load_tokenizer(path), source, path)
             narrow = accelerator.mixed_precision == "bf16"
-            teacher = load_model(path, dtype=torch.bfloat16 if narrow else torch.float32)
+            teacher = load_model(
+                path,
+                dtype=torch.bfloat16 if narrow else torch.float32,
+                adapter=made_with(prepared.manifest),
+            )
             check_head(teacher)
     if detour is not None:
         for name, weight in student.named_parameters():
@@ -333,8 +345,9 @@ def _teacher(recipe: UptrainRecipe, manifest: Mapping[str, Any]) -> Source | Non
     return fetch_source(source["repository"], revision=source["revision"])
 
 
-def _weight_sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+def _weight_sizes(folders: Sequence[Path]) -> dict[str, int]:
+    files = (path for folder in folders for path in sorted(folder.glob("*.safetensors")))
+    return {path.name: path.stat().st_size for path in files}
 
 
 def _text_hash(text: str | None) -> str | None:

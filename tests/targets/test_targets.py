@@ -75,7 +75,9 @@ def test_the_own_class_changes_one_key_and_no_name(source: Path, name: str) -> N
     facts, _ = facts_of(source)
     target = targets_for(facts, kv_heads=2)[0]
     config = read_json(source / "config.json")
-    assert target.edit(config | {"auto_map": {}}) == config | {"num_key_value_heads": 2}
+    config.pop("output_router_logits", None)
+    added = {"auto_map": {}, "output_router_logits": True}
+    assert target.edit(config | added) == config | {"num_key_value_heads": 2}
     assert target.rename("any.name") == Rewrite("any.name")
     assert (target.family, target.reads) == (facts.family, frozenset())
 
