@@ -102,7 +102,7 @@ def prepare(
         export = export_of(recipe, checkpoint) if isinstance(recipe, ExportRecipe) else None
         facts = _facts(checkpoint) if export is None else export.source.plan_facts
         recipe = settled(recipe, facts)
-        scheme = foreseen(recipe, facts) if export is None else export.scheme
+        scheme = foreseen(recipe, facts, largest=not to_write) if export is None else export.scheme
         windows, latents = _windows(recipe, source), None
         plan = _plan(recipe, facts, checkpoint, scheme, windows)
         if to_write:
