@@ -19,12 +19,13 @@ __all__ = ["choose_plan", "possible_plan"]
 
 
 def possible_plan(facts: ModelFacts, share: int) -> tuple[int, ...]:
-    """One of the plans between which ``choose_plan`` chooses; no weight is read.
+    """The plan with the most even groups between which ``choose_plan`` chooses; it needs no weight.
 
     Raises:
         UsageError: If the model's layers differ too much to share that often.
     """
-    return best_plan(facts, dict.fromkeys(_groups(facts, share), 0.0), -(-facts.layers // share))
+    squares = {(start, end): float((end - start) ** 2) for start, end in _groups(facts, share)}
+    return best_plan(facts, squares, -(-facts.layers // share))
 
 
 def _groups(facts: ModelFacts, share: int) -> list[tuple[int, int]]:

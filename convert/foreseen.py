@@ -21,11 +21,17 @@ from convert.steps import units_of
 __all__ = ["foreseen"]
 
 
-def foreseen(recipe: Recipe, facts: ModelFacts) -> Scheme:
+def foreseen(recipe: Recipe, facts: ModelFacts, *, largest: bool) -> Scheme:
     """The scheme of a settled recipe, before what is open is chosen by what it loses.
 
-    In the place of a split of a budget it has the one with most rotary dims, whose cache and
-    weights are the largest; of sharing layers to be chosen, any that can share.
+    Of layers that are to be chosen it has the most even groups; of the splits of a budget one whose
+    cache and weights are the largest, or the smallest.
+
+    Args:
+        recipe: From ``settled``.
+        facts: The source.
+        largest: Take the split with most rotary dims: no other needs more. Else that with fewest:
+            where it does not fit, none does.
 
     Raises:
         UsageError: If the model does not allow what the recipe asks for.
@@ -35,7 +41,8 @@ def foreseen(recipe: Recipe, facts: ModelFacts) -> Scheme:
     if not isinstance(recipe, MlaRecipe):
         return scheme_of(recipe, facts, sources)
     splits = servable(recipe, facts, sizes_of(recipe, facts, sources))
-    rank, rope = splits[-1].rank, splits[-1].rope_dims
+    shown = splits[-1 if largest else 0]
+    rank, rope = shown.rank, shown.rope_dims
     sizes = [Sizes(rank, rope)] * len(sources)
     for unit in units_of(sources):  # a single layer may have fewer components than one that shares
         most = most_dims(facts, recipe.selection, len(unit)).rope_dims

@@ -101,7 +101,7 @@ def prepare(
         model = stack.enter_context(_opened(source, recipe))
         if model.merged:
             recipe = recipe.model_copy(update={"adapter": "merge"})
-        recipe, scheme, export = _foreseen(recipe, model)
+        recipe, scheme, export = _foreseen(recipe, model, largest=not to_write)
         windows, latents = _windows(recipe, source, model), None
         plan = _plan(recipe, model, scheme, windows)
         if to_write:
@@ -112,7 +112,7 @@ def prepare(
                 _check_output(recipe, source)
                 # weights tell what headers do not, such as whether two embeddings are equal
                 model = stack.enter_context(_opened(source, recipe))
-                recipe, scheme, export = _foreseen(recipe, model)
+                recipe, scheme, export = _foreseen(recipe, model, largest=not to_write)
             tokens = None if windows is None else windows.tokens
             scheme, latents, export = _chosen(
                 recipe, model, scheme, export=export, tokens=tokens, progress=progress
@@ -160,13 +160,15 @@ def _opened(source: Source, recipe: Recipe) -> Iterator[OpenModel]:
         yield model
 
 
-def _foreseen(recipe: Recipe, model: OpenModel) -> tuple[Recipe, Scheme, Export | None]:
+def _foreseen(
+    recipe: Recipe, model: OpenModel, *, largest: bool
+) -> tuple[Recipe, Scheme, Export | None]:
     """The recipe with its open choices made, and what it will do, from the headers alone."""
     if isinstance(recipe, ExportRecipe):
         export = export_of(recipe, model)
         return recipe, export.scheme, export
     recipe = settled(recipe, model.facts)
-    return recipe, foreseen(recipe, model.facts), None
+    return recipe, foreseen(recipe, model.facts, largest=largest), None
 
 
 def _plan(recipe: Recipe, model: OpenModel, scheme: Scheme, windows: Windows | None) -> Plan:

@@ -41,6 +41,7 @@ _SVD = (*_GQA, "--merge", "svd")
 _CLA = ("cla", "--share", "2")
 _AUTO = (*_CLA, "--layers", "auto")
 _MLA = ("mla", *SMALL)
+_SHARE = ("mla", "--kv-budget", "25%")
 # model, command, part of the message; {text} is a file to calibrate on
 _REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "converted": ("converted", _GQA, "this kvpatch_gpt2 model is a conversion already"),
@@ -105,13 +106,14 @@ _HEADERS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "gqa-shapes": ("narrow", _GQA, 3, "config.json contradicts the tensors"),
     "auto-shapes": ("narrow", _AUTO, 3, "config.json contradicts the tensors"),
     "mla-shapes": ("narrow", _MLA, 3, "config.json contradicts the tensors"),
-    "share-shapes": ("narrow", ("mla", "--kv-budget", "25%"), 3, "contradicts the tensors"),
+    "share-shapes": ("narrow", _SHARE, 3, "contradicts the tensors"),
     "gqa-quantised": ("quantised", _GQA, 3, "the weights are quantised"),
     "auto-quantised": ("quantised", _AUTO, 3, "the weights are quantised"),
     "mla-quantised": ("quantised", _MLA, 3, "the weights are quantised"),
     "gqa-memory": ("three", (*_GQA, *_ROOM), 4, "--max-ram allows 1.00 MB"),
     "auto-memory": ("three", (*_AUTO, *_ROOM), 4, "--max-ram allows 1.00 MB"),
     "mla-memory": ("three", (*_MLA, *_ROOM), 4, "--max-ram allows 1.00 MB"),
+    "share-memory": ("three", (*_SHARE, *_ROOM), 4, "--max-ram allows 1.00 MB"),
     "export-memory": ("native", ("export", "--target", "kvpatch", *_ROOM), 4, "1.00 MB"),
 }
 
@@ -183,7 +185,7 @@ def test_what_headers_tell_is_refused_before_weights_are_read(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [_GQA, _AUTO, _MLA], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [_GQA, _AUTO, _MLA, _SHARE], ids=" ".join)
 def test_a_full_disk_is_seen_before_weights_are_read(
     model: Callable[[str], Path],
     tmp_path: Path,

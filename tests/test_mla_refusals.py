@@ -201,6 +201,7 @@ _SHAPES: dict[str, tuple[int, int, int, list[str]]] = {
     "just enough": (300, 20, 15, ["300+20"]),
     "too narrow": (256, 32, 8, []),
     "one head": (256, 64, 1, []),
+    "four heads": (256, 64, 4, ["256+64"]),
 }
 _ASKED = [
     ("--kv-budget", "50%"),
@@ -261,6 +262,28 @@ def test_what_servers_refuse_is_mended_by_the_command_of_the_hint(
     assert all("serves it" in note for note in latent["servers"].values())
     before, after = data["kv_bytes_per_token"]
     assert good or after < before
+
+
+@pytest.mark.parametrize(
+    ("shape", "share", "held"),
+    [
+        # 320 numbers, however they are split
+        ("wide heads", "15.625%", [[280, 40], [240, 80], [200, 120], [192, 128]]),
+        # 400 numbers, but no rank above 256: with 50 rotary dims that makes 306
+        ("four heads", "78.125%", [[256, 64]]),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_of_a_share_servers_get_a_split_that_they_hold(
+    shaped: Source, tmp_path: Path, shape: str, share: str, held: list[list[int]]
+) -> None:
+    flags = ("--kv-budget", share, "--serving", "--dry-run", "--json")
+    run = mla(shaped(shape), tmp_path / "out", *flags)
+    assert run.code == 0, run.err
+    latent = json.loads(run.out)["latent"]
+    assert latent.get("splits", held) == held
+    assert [latent["rank"], latent["rope_dims"]] == held[-1]
+    assert all("serves it" in note for note in latent["servers"].values())
 
 
 @pytest.mark.parametrize("model", ["qwen2", "gemma", "phi", "llama3"])

@@ -114,6 +114,8 @@ def fitted(layer: LatentLayer, layout: Layout) -> LatentLayer:
             f"{layout.rank} and {layout.nope_dim}"
         )
     rope = layout.rope_dim - own.rope_dim
+    if not (rank or nope or rope):
+        return layer
 
     def heads(rows: Tensor) -> Tensor:
         """Query rows [H, Dn + Dr, ...] with zeros behind either part."""
@@ -146,6 +148,8 @@ def largest_latent(latent: Tensor, norm: Tensor) -> float:
         latent: [R, E].
         norm: Factors of the norm before it, [E].
     """
+    if not bool(latent.any()):  # as in a plan, for which a spectrum of zeros would take long
+        return 0.0
     rows = latent.double() * norm
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     return math.sqrt(rows.shape[1] * max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
@@ -162,7 +166,7 @@ def _scaled(layer: LatentLayer, layout: Layout) -> LatentLayer:
     factor[geometry.nope_dim :] *= layout.rotary
     return dataclasses.replace(
         layer,
-        q=layer.q.double() * factor[:, None],
+        q=layer.q.to(torch.float64, copy=True).mul_(factor[:, None]),
         q_bias=None if layer.q_bias is None else layer.q_bias.double() * factor,
         latent=layer.latent.double(),
         k_rope=layer.k_rope.double(),
