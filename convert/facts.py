@@ -12,6 +12,7 @@ import torch
 from convert.families import Family, Only, family_of
 from convert.families.naming import layer_and_rest
 from convert.families.positions import check_positions, layer_ropes, layer_windows
+from convert.families.values import check_values
 from convert.layer import Geometry, QkNorm, Rope
 from kvpatch.errors import InputModelError, UnsupportedModelError
 from kvpatch.memory import KVCache, multi_head_cache
@@ -150,6 +151,8 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         raise UnsupportedModelError(
             "config.json has per_layer_config: layers differ in their attention"
         )
+    _check_foreign(config, family)
+    check_values(config, family)
     full = family.completed(config)
     for rule in family.only:
         _check_only(rule, full, family.spelling(rule.key, config))
@@ -164,18 +167,17 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     kv_heads = integer("num_key_value_heads", heads) if family.gqa else own
     head_dim = integer("head_dim", hidden // heads) if family.gqa else hidden // heads
     layers = integer("num_hidden_layers", most=_MOST_LAYERS)
+    _check_blocks(family, heads, hidden)
     if heads % kv_heads:
         raise InputModelError(
             f"config.json: num_key_value_heads {kv_heads} does not divide "
             f"num_attention_heads {heads}"
         )
-    check_positions(full, layers, lambda key: family.spelling(key, config))
+    check_positions(full, family, layers)
     geometry = Geometry(
         hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim
     )
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
-        "torch."
-    )
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in _DTYPE_BYTES:
         raise InputModelError(
             f"config.json: dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}",
@@ -281,11 +283,41 @@ def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     listed = full.get("kv_source_layers")
     if listed is None:
         return tuple(range(layers))
-    if not isinstance(listed, list) or len(listed) != layers:
-        raise InputModelError(
-            f"config.json: kv_source_layers must list {layers} layers, found {listed!r}"
+    if (
+        not isinstance(listed, list)
+        or len(listed) != layers
+        or any(
+            type(s) is not int or not 0 <= s <= i or listed[s] != s for i, s in enumerate(listed)
         )
-    return tuple(int(source) for source in listed)
+    ):
+        raise InputModelError(
+            f"config.json: kv_source_layers must list {layers} layers, each a layer before or "
+            f"itself that reads no other, found {listed!r:.200}"
+        )
+    return tuple(listed)
+
+
+def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
+    """Refuse keys with which kvpatch or transformers would take a model for another."""
+    foreign = ("kv_lora_rank", "kv_source_layers", "text_config")
+    keys = [key for key in foreign if config.get(key) is not None]
+    if keys and not family.model_type.startswith(PREFIX):
+        raise InputModelError(
+            f"config.json has {' and '.join(keys)}, which a {family.model_type} model has not",
+            hint="Remove it, or take the config.json that belongs to the weights.",
+        )
+
+
+def _check_blocks(family: Family, heads: int, hidden: int) -> None:
+    """Heads share the hidden width where no head_dim is given, and blocks share the heads."""
+    if not family.gqa and hidden % heads:
+        raise InputModelError(f"config.json: {heads} heads do not divide the hidden size {hidden}")
+    for projection in family.projections:
+        if isinstance(projection.blocks, int) and heads % projection.blocks:
+            raise InputModelError(
+                f"config.json: {heads} heads do not fill the {projection.blocks} blocks of "
+                f"{projection.name} in a {family.model_type} model"
+            )
 
 
 def _check_only(rule: Only, full: Mapping[str, Any], name: str) -> None:

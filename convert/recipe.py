@@ -103,7 +103,7 @@ class _Calibrated(_Conversion):
     context: int | None = Field(
         None, ge=2, description="Tokens of a calibration window; 512 or the model's limit."
     )
-    seed: int = Field(0, ge=0, description="Chooses the calibration windows.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the calibration windows.")
     device: str = Field("cpu", description="Where calibration runs.", min_length=1)
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checkpoint.safetensors_header import TensorInfo, check_magic
+from convert.checkpoint.safetensors_header import DTYPES, TensorInfo, check_magic
 from kvpatch.errors import InputModelError
 
 __all__ = ["read_pickle"]
@@ -83,6 +83,10 @@ def _locate(name: object, tensor: object, file: str, size: int) -> TensorInfo:
         raise InputModelError(f"{file}: entry {name!r} is not a dense contiguous tensor")
     assert isinstance(name, str)
     assert isinstance(tensor, Tensor)
+    if tensor.dtype not in DTYPES.values():
+        raise InputModelError(
+            f"{file}: tensor {name!r} has dtype {tensor.dtype}, for which a result has no place"
+        )
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
         raise InputModelError(f"{file}: torch does not say where {name!r} lies in the file")

@@ -132,6 +132,8 @@ class Family:
         partial: Share of the head that rotates, where the config does not say; None where all of
             it does, whatever ``partial_rotary_factor`` says.
         rotary_dim: Config key of the number of dims that rotate, where that is how it is given.
+        rope_kinds: Kinds of RoPE that its class knows, and the kind that each of them is; None for
+            all that transformers has.
         theta: Base of the RoPE frequencies, where the config does not say.
         local_theta: Base in sliding layers, where these rotate on their own.
         windows: Layers with a sliding window, where the config does not list them.
@@ -168,6 +170,7 @@ class Family:
     interleaved: bool = False
     partial: float | None = None
     rotary_dim: str | None = None
+    rope_kinds: Mapping[str, str] | None = None
     theta: float = 10000.0
     local_theta: float | None = None
     windows: Windows = Windows("never")
@@ -200,7 +203,7 @@ class Family:
 
     def spelling(self, key: str, config: Mapping[str, Any]) -> str:
         """Name of a config key as the config.json at hand spells it."""
-        names = self.keys.get(key, (key,))
+        names = self.keys.get(key) or (key,)
         return next((name for name in names if _lookup(config, name) is not None), names[0])
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:

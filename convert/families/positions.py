@@ -2,56 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.families.family import Family
+from convert.families.values import NUMBER, POSITIVE, SHARE, SWITCH, Kind
 from convert.layer import Rope
 from kvpatch.errors import InputModelError
 
 __all__ = ["check_positions", "layer_ropes", "layer_windows"]
 
-_NUMBERS = frozenset(
-    {
-        "max_window_layers",
-        "no_rope_layer_interval",
-        "partial_rotary_factor",
-        "rope_local_base_freq",
-        "rope_theta",
-        "sliding_window",
-        "sliding_window_pattern",
-    }
-)
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
+_POSITIVES = Kind(
+    "a list of positive numbers", lambda v: isinstance(v, list) and all(map(POSITIVE.holds, v))
+)
+# what the entries of a table of RoPE parameters are
+_ENTRIES: Mapping[str, Kind] = {
+    "rope_theta": POSITIVE,
+    "partial_rotary_factor": SHARE,
+    "factor": POSITIVE,
+    "original_max_position_embeddings": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "short_factor": _POSITIVES,
+    "long_factor": _POSITIVES,
+}
+_OPTIONAL: Mapping[str, Kind] = {
+    "attention_factor": NUMBER,
+    "beta_fast": NUMBER,
+    "beta_slow": NUMBER,
+    "mscale": NUMBER,
+    "mscale_all_dim": NUMBER,
+    "truncate": SWITCH,
+}
+# the kinds of RoPE that transformers has, and the entries without which it cannot compute them
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
+}
 
-def check_positions(config: Mapping[str, Any], layers: int, spelling: Callable[[str], str]) -> None:
-    """Check the types of the values that describe positions and windows.
+
+def check_positions(config: Mapping[str, Any], family: Family, layers: int) -> None:
+    """Check what describes positions and windows, beyond the types of single values.
 
     Args:
         config: config.json with every key under its usual name.
+        family: Its row of the table.
         layers: Number of decoder layers.
-        spelling: Name of a key as config.json has it, for errors.
 
     Raises:
         InputModelError: Naming the key, what was expected and what was found.
     """
-    tables = [config]
     for key in ("rope_parameters", "rope_scaling"):
-        table = config.get(key) or {}
-        if not isinstance(table, dict):
-            raise InputModelError(f"config.json: {key} must be an object, found {table!r}")
-        tables += [table, *(value for value in table.values() if isinstance(value, dict))]
-    for table in tables:
-        for key in _NUMBERS & table.keys():
-            if table[key] and (not isinstance(table[key], int | float) or table[key] < 0):
-                raise InputModelError(
-                    f"config.json: {spelling(key)} must be a number, found {table[key]!r}"
-                )
-    for key in ("layer_types", "no_rope_layers"):
-        listed = config.get(key)
-        if listed and (not isinstance(listed, list) or len(listed) < layers):
-            raise InputModelError(f"config.json: {key} must list {layers} layers, found {listed!r}")
+        for path, table in _tables_of(key, config.get(key) or {}, family):
+            _check_table(path, table, family)
+    types = config.get("layer_types")
+    if types is not None:
+        _check_types(types, config, family, layers)
+    listed = config.get("no_rope_layers")
+    if listed and len(listed) < layers:
+        raise InputModelError(
+            f"config.json: no_rope_layers must list {layers} layers, found {listed!r:.200}"
+        )
+
+
+def _tables_of(
+    key: str, value: Mapping[str, Any], family: Family
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The tables of RoPE parameters under a key, one or one for each kind of layer, with paths."""
+    nested = family.local_theta is not None and key == "rope_parameters"
+    by_kind = {kind: value[kind] for kind in (_FULL, _SLIDING) if kind in value}
+    if value and bool(by_kind) != nested:
+        expected = f"an entry for {_FULL} and for {_SLIDING}" if nested else "one table"
+        raise InputModelError(
+            f"config.json: {key} of a {family.model_type} model must be {expected}, "
+            f"found {value!r:.200}"
+        )
+    if not nested:
+        return [(key, value)]
+    for kind, table in by_kind.items():
+        if table is not None and not isinstance(table, dict):
+            raise InputModelError(
+                f"config.json: {key}.{kind} must be an object, found {table!r:.200}"
+            )
+    return [(f"{key}.{kind}", table) for kind, table in by_kind.items() if table]
+
+
+def _check_table(path: str, table: Mapping[str, Any], family: Family) -> None:
+    for key, kind in {**_ENTRIES, **_OPTIONAL}.items():
+        if key in table and not (table[key] is None and key in _OPTIONAL):
+            kind.check(f"{path}.{key}", table[key])
+    if not table:
+        return
+    named = "type" if "type" in table and "rope_type" not in table else "rope_type"
+    known, found = _kinds(family), table.get(named, "default")
+    if not isinstance(found, str) or found not in known:
+        raise InputModelError(
+            f"config.json: {path}.{named} of a {family.model_type} model must be one of "
+            f"{', '.join(known)}, found {found!r:.200}"
+        )
+    missing = [key for key in _NEEDED[known[found]] if key not in table]
+    if missing:
+        raise InputModelError(
+            f"config.json: {path} of type {found!r} has no {' and no '.join(missing)}"
+        )
+
+
+def _kinds(family: Family) -> Mapping[str, str]:
+    """Kinds of RoPE that a class knows, and the kind that each of them is."""
+    return family.rope_kinds or {kind: kind for kind in _NEEDED}
+
+
+def _check_types(
+    types: Sequence[str], config: Mapping[str, Any], family: Family, layers: int
+) -> None:
+    """Layer types are of two kinds, and where a class does not read them they repeat its rule."""
+    if len(types) != layers or not set(types) <= {_FULL, _SLIDING}:
+        raise InputModelError(
+            f"config.json: layer_types must list {layers} layers, each {_FULL} or {_SLIDING}, "
+            f"found {types!r:.200}"
+        )
+    ruled = family.windows.rule in {"never", "all", "local"}
+    own = list(_layer_types({**config, "layer_types": None}, family, layers))
+    if ruled and list(types) != own:
+        raise InputModelError(
+            f"config.json: layer_types of this {family.model_type} model must be {own!r:.200}, "
+            f"which is what its class computes, found {types!r:.200}"
+        )
 
 
 def layer_ropes(
@@ -74,31 +157,58 @@ def layer_ropes(
 def layer_windows(
     config: Mapping[str, Any], family: Family, *, layers: int
 ) -> tuple[int | None, ...]:
-    """Sliding window of every layer in tokens, None where the layer sees everything."""
-    window = config.get("sliding_window")
-    if not window:
-        return (None,) * layers
+    """Sliding window of every layer in tokens, None where the layer sees everything.
+
+    Raises:
+        InputModelError: If layers slide, but there is no window.
+    """
     types = _layer_types(config, family, layers)
-    return tuple(int(window) if kind == _SLIDING else None for kind in types)
+    window = config.get("sliding_window")
+    if _SLIDING in types and not window:
+        raise InputModelError(
+            f"config.json: layers of this {family.model_type} model have a sliding window, but "
+            f"sliding_window is {window!r}"
+        )
+    return tuple(window if kind == _SLIDING else None for kind in types)
+
+
+def _tables(config: Mapping[str, Any], family: Family) -> Mapping[str, Mapping[str, Any]]:
+    """RoPE parameters of each kind of layer."""
+    scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if family.rotary_dim is not None:  # such classes compute their own frequencies
+        return {_FULL: {}, _SLIDING: {}}
+    if family.local_theta is None:
+        return dict.fromkeys((_FULL, _SLIDING), scaling or parameters)
+    # a scaling that is not given for each layer type is for full attention
+    full = {**(parameters.get(_FULL) or {}), **scaling}
+    return {_FULL: full, _SLIDING: parameters.get(_SLIDING) or {}}
 
 
 def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, nope: bool) -> Rope:
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parameters = _tables(config, family)[kind]
     theta = config.get("rope_theta") or family.theta
-    local = family.local_theta is not None and kind == _SLIDING
-    if local:
+    if family.local_theta is not None and kind == _SLIDING:
         theta = config.get("rope_local_base_freq") or family.local_theta
-    if _FULL in parameters or _SLIDING in parameters:
-        parameters = parameters.get(kind) or {}
-    elif local:
-        parameters = {}  # a scaling that is not given for each layer type is for full attention
-    scaling = parameters.get("rope_type") or parameters.get("type") or "default"
+    named = parameters.get("rope_type") or parameters.get("type") or "default"
+    scaling = _kinds(family)[named]
+    dim = _rotating(config, family, head_dim, parameters)
+    if scaling == "longrope":
+        _check_lengths(parameters, dim // 2)
     return Rope(
-        dim=0 if nope else _rotating(config, family, head_dim, parameters),
+        dim=0 if nope else dim,
         interleaved=family.interleaved,
         theta=float(parameters.get("rope_theta") or theta),
-        kind="longrope" if scaling == "su" else scaling,  # the name Phi-3 first had for it
+        kind=scaling,
     )
+
+
+def _check_lengths(parameters: Mapping[str, Any], planes: int) -> None:
+    for key in ("short_factor", "long_factor"):
+        if len(parameters[key]) != planes:
+            raise InputModelError(
+                f"config.json: {key} of the RoPE parameters must have {planes} numbers, one for "
+                f"each pair of dims that rotate, found {len(parameters[key])}"
+            )
 
 
 def _rotating(
@@ -113,10 +223,20 @@ def _rotating(
                 f"head, {head_dim}; found {dim!r}"
             )
         return dim
-    if family.partial is None:
-        return head_dim
-    given = config.get("partial_rotary_factor", family.partial)
-    return int(head_dim * parameters.get("partial_rotary_factor", given))
+    given = config.get("partial_rotary_factor")
+    if given is None:
+        given = family.partial
+    share = parameters.get("partial_rotary_factor", given)
+    if family.partial is None and (parameters.get("rope_type") or "default") == "default":
+        share = None  # such a class rotates all dims, whatever is given
+    dim = head_dim if share is None else int(head_dim * share)
+    if dim % 2 or (family.partial is None and dim != head_dim):
+        raise InputModelError(
+            f"config.json: {dim} of the {head_dim} dims of a head would rotate "
+            f"(partial_rotary_factor {share!r}); their number must be even"
+            + ("" if family.partial is not None else f", and all of a {family.model_type} model")
+        )
+    return dim
 
 
 def _nope_layers(config: Mapping[str, Any], family: Family, layers: int) -> frozenset[int]:
@@ -125,7 +245,7 @@ def _nope_layers(config: Mapping[str, Any], family: Family, layers: int) -> froz
     listed: Sequence[int] | None = config.get("no_rope_layers")
     if listed:  # 1 marks a layer that rotates
         return frozenset(i for i, rotates in enumerate(listed) if not rotates)
-    every = int(config.get("no_rope_layer_interval") or family.nope_every)
+    every = config.get("no_rope_layer_interval") or family.nope_every
     return frozenset(range(every - 1, layers, every))
 
 
@@ -145,12 +265,13 @@ def _slides(config: Mapping[str, Any], family: Family, layer: int, nope: frozens
     rule = family.windows
     if rule.switch is not None and not config.get(rule.switch):
         return False
-    limit = int(config.get("max_window_layers", layer + 1))
-    every = int((rule.key and config.get(rule.key)) or rule.every or 1)
+    limit = config.get("max_window_layers", layer + 1)
+    every = (rule.key and config.get(rule.key)) or rule.every or 1
+    given = config.get("sliding_window") is not None
     return {
-        "all": True,
+        "all": given,
         "pattern": (layer + 1) % every != 0 and layer < limit,
-        "from_layer": layer >= limit,
+        "from_layer": given and layer >= limit,
         "nope": layer in nope,
     }[rule.rule]
 

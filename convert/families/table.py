@@ -170,6 +170,7 @@ _ROWS = (
         architecture="Phi3ForCausalLM",
         projections=_FUSED_QKV,
         partial=1.0,
+        rope_kinds={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
         windows=Windows("all"),
         defaults={"max_position_embeddings": 4096},
     ),

@@ -92,7 +92,7 @@ class UptrainRecipe(BaseModel):
     checkpoint_every: Count | None = Field(
         None, description="Tokens from one checkpoint to the next; a twentieth of all."
     )
-    seed: int = Field(0, ge=0, description="Order of the text.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Order of the text.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where it runs.")
     overwrite: bool = Field(False, description="Replace an earlier result at the output.")
     resume: bool = Field(True, description="Continue an interrupted run of the same recipe.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from convert.cli import app
@@ -58,9 +61,23 @@ def gqa(source: Path | str, out: Path, *flags: str) -> list[str]:
 
 def cli(arguments: list[str]) -> Run:
     """Run the command line in this process."""
-    result = CliRunner().invoke(app, arguments)
-    _check_hints(arguments, result.stderr)
-    return Run(result.exit_code, result.stdout, result.stderr)
+    code: Any = 0
+    with CliRunner().isolation() as (out, err, _):
+        try:
+            _command().main(args=arguments, prog_name="kvpatch")
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        run = Run(code, out.getvalue().decode(), err.getvalue().decode())
+    _check_hints(arguments, run.err)
+    return run
+
+
+@functools.cache
+def _command() -> Any:
+    """What typer makes of the app; it takes longer than most refusals."""
+    return get_command(app)
 
 
 def _check_hints(arguments: list[str], said: str) -> None:

@@ -43,9 +43,8 @@ def model(tmp_path: Path) -> Path:
         ({"num_hidden_layers": 3}, [(attention(2, "q"), "(8, 8)", "None")]),
         ({"num_hidden_layers": 1}, [(attention(1, "q"), "no layer 1", "(8, 8)")]),
         ({"vocab_size": 17}, [("model.embed_tokens.weight", "(17, 8)", "(16, 8)")]),
-        ({"vocab_size": None}, [("model.embed_tokens.weight", "(None, 8)", "(16, 8)")]),
     ],
-    ids=["heads", "head_dim", "hidden", "more_layers", "fewer_layers", "vocab", "null"],
+    ids=["heads", "head_dim", "hidden", "more_layers", "fewer_layers", "vocab"],
 )
 def test_config_contradicts_the_tensors(
     tmp_path: Path, changes: dict[str, object], rows: list[tuple[str, str, str]]
@@ -172,6 +171,8 @@ def test_model_type_forges_no_line(tmp_path: Path, extra: dict[str, object]) -> 
         ({"max_position_embeddings": "long"}, "max_position_embeddings"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not one of"),
         ({"torch_dtype": 7}, "dtype '7' is not one of"),
+        ({"torch_dtype": "torch.float32"}, "dtype 'torch.float32' is not one of"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer, found None"),
         ({"per_layer_config": {"1": {}}}, "per_layer_config"),
         ({"rope_theta": "many"}, "rope_theta"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
