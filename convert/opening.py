@@ -41,7 +41,7 @@ from kvpatch.errors import InputModelError
 
 __all__ = ["OpenModel", "open_model", "refuse_latents"]
 
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TIED = "tie_word_embeddings"
 _SHOWN = 3
 
@@ -110,7 +110,6 @@ def open_model(
         refuse_foreign_names(stored.tensors, family.heads)
         warnings = list(stored.warnings)
         renamed = _named(stored, facts, warnings)
-        _refuse_quantised(stored)
         checkpoint = stored if found is None else merged(stored, found, family)
         tied = _tied(checkpoint, facts, headers_alone=base.sizes is not None, warnings=warnings)
         if tied != facts.tied:  # which only ever becomes false
@@ -123,6 +122,7 @@ def open_model(
             checkpoint.config, facts if held is None else None, shapes, heads=family.heads
         )
         _refuse_missing(stock, shapes, facts)
+        _refuse_integers(checkpoint, stock)
         left_out = _leave_out(checkpoint, stock, facts, warnings)
         tokenizer = tokenizer_folder(source.folders)
         yield OpenModel(
@@ -187,9 +187,10 @@ def _named(checkpoint: Checkpoint, facts: ModelFacts, warnings: list[str]) -> bo
     return bool(foreign)
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    for info in checkpoint.tensors.values():
-        if info.dtype in _QUANTISED:
+def _refuse_integers(checkpoint: Checkpoint, stock: StockTensors) -> None:
+    """Refuse weights that are stored as integers, or in eight bits."""
+    for name, info in checkpoint.tensors.items():
+        if name in stock.shapes and info.dtype not in _WEIGHTS:
             raise InputModelError(
                 f"{info.file}: {info.name!r} has dtype {info.dtype}: the weights are quantised",
                 hint="Convert the unquantised checkpoint and quantise the result.",

@@ -158,7 +158,13 @@ def _opened(folder: Path, source: Path) -> Iterator[OpenModel]:
 def _tokens(folder: Path, source: Path) -> str:
     if not any(any(path.glob("tokenizer*")) for path in (folder, source)):
         raise _SkippedError("neither has a tokenizer")
-    before, after = (load_tokenizer(path)(PROBE)["input_ids"] for path in (source, folder))
+    try:
+        source_tokenizer = load_tokenizer(source)
+    except InputModelError as error:
+        raise _SkippedError(error.message) from error
+    before, after = (
+        tokenizer(PROBE)["input_ids"] for tokenizer in (source_tokenizer, load_tokenizer(folder))
+    )
     if before != after:
         raise VerificationError(f"the probe text gives other token ids: {before} and {after}")
     return f"{len(before)} equal token ids"

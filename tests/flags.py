@@ -23,6 +23,7 @@ def flags_of(command: str) -> set[str]:
 def unknown_flags(command: str, text: str) -> set[str]:
     """Flags in a text that neither the command at hand has, nor the one that the text names."""
     unknown, name = set[str](), command
+    text = re.sub(r"\bhf \w.*", "", text)  # the command line of the Hub
     for part in re.split(r"(?=kvpatch \w)", text):
         named = re.match(r"kvpatch (\w+)", part)
         name = named[1] if named and named[1] in COMMANDS else name
