@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +196,13 @@ def test_damaged_sources_are_refused(
     assert (run.code, run.out) == (3, ""), run.err
     assert reason in run.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_hint_without_servers_is_a_command_that_works(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = cli(["export", str(made("native")), str(tmp_path / "out"), *_NATIVE, "--serving"])
+    _, found, words = run.err.partition("leave --serving out: kvpatch ")
+    assert found
+    plan = cli([*shlex.split(words), "--dry-run"])
+    assert plan.code == 0, plan.err
