@@ -14,7 +14,7 @@ ON_OLDEST := $(addprefix tests/,\
 		masks.py patch.py patching.py) \
 	real test_verify.py test_evaluate.py)
 
-.PHONY: browser demo test test-oldest lint docs kernels benchmark clean
+.PHONY: browser demo fuzz test test-oldest lint docs kernels benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvpatch demo
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# 5,000 other cases of what can be wrong with sources, recipes and texts
+fuzz: $(VENV)/.installed
+	FUZZ=5000 $(BIN)/pytest -n $(WORKERS) tests/fuzz
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) $(ON_OLDEST)

@@ -265,6 +265,8 @@ class _Runner:
             cache = output.past_key_values
             steps.append(output.logits)
         self._cache = cache
+        if not torch.isfinite(full).all():
+            raise VerificationError("its logits are NaN or infinite")
         error = float((torch.cat(steps, 1) - full).abs().max() / full.abs().max())
         if not error <= _CACHE_TOLERANCE:
             raise VerificationError(f"logits with a cache differ by {error:.1e} of the largest")

@@ -169,6 +169,11 @@ def layer_windows(
             f"config.json: layers of this {family.model_type} model have a sliding window, but "
             f"sliding_window is {window!r}"
         )
+    if _SLIDING in types and window == 1:
+        raise InputModelError(
+            "config.json: sliding_window is 1, with which the classes of transformers compute one "
+            "thing with a cache and another without"
+        )
     return tuple(window if kind == _SLIDING else None for kind in types)
 
 

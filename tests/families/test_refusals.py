@@ -29,6 +29,7 @@ from tests.families.tiny import GROUPED, MODELS, family, settings
         ("mpt", {"attn_config": {"prefix_lm": True}}, "attn_config.prefix_lm is True: a prefix"),
         ("mpt", {"attn_config": {"qk_ln": True}}, "attn_config.qk_ln is True: a norm"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "is True: a residual"),
+        ("mistral", {"sliding_window": 1}, "sliding_window is 1, with which the classes of"),
         ("gptj", {"rotary_dim": None}, "rotary_dim must be even and between 2 and"),
         ("gptj", {"rotary_dim": 7}, "rotary_dim must be even and between 2 and"),
         ("codegen", {"rotary_dim": 14}, "the width of a head, 12; found 14"),

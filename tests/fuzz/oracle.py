@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from tests.faults.running import Run, cli, contents
 from tests.fuzz.draft import Draft
-from tests.helpers import load_folder
 
 __all__ = ["Oracle"]
 
@@ -144,21 +142,12 @@ class Oracle:
             return
         checks = json.loads(checked.out)["checks"] if checked.out else []
         failed = {c["name"]: c["detail"] for c in checks if c["status"] == "failed"}
-        if (
-            failed.keys() == {"cached decoding"}
-            and self.draft.numbers
-            and not self._source_is_finite()
-        ):
-            return
+        if failed.keys() == {"cached decoding"} and self.draft.numbers:
+            itself = json.loads(self._run("verify", "source").out)["checks"]
+            if any(c["name"] == "cached decoding" and c["status"] == "failed" for c in itself):
+                return  # the source gives no numbers: then no result can
         found = "; ".join(f"{name}: {detail}" for name, detail in failed.items())
         self._note(f"verify ended with {checked.code}: {found or _errors(checked):.600}")
-
-    def _source_is_finite(self) -> bool:
-        """Whether the stock model of the source gives numbers: what it cannot, no result can."""
-        model = load_folder(self.draft.source)
-        with torch.no_grad():
-            logits = model(torch.arange(3, 27)[None]).logits
-        return bool(torch.isfinite(logits).all())
 
 
 def _errors(run: Run) -> str:
