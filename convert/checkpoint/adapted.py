@@ -40,9 +40,9 @@ class Change:
 class AdaptedCheckpoint(Checkpoint):
     """An open checkpoint with an adapter merged into what is read of it.
 
-    Sums are computed in float32, or in float64 if base or adapter have it, and rounded once to the
-    dtype of the base; a piece of one tensor is in memory at a time. Names, shapes and dtypes are
-    those of the base, and its files and those of the adapter are the files of this checkpoint.
+    Sums are computed in float32, or in float64 if the base has it, and rounded once to the dtype of
+    the base; a piece of one tensor is in memory at a time. Names, shapes and dtypes are those of
+    the base, and its files and those of the adapter are the files of this checkpoint.
 
     Args:
         base: The open base; it is closed with this one.
@@ -97,6 +97,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         """One tensor, whole, on the CPU."""
+        if name not in self.changes:
+            return self._base.read(self._stored.get(name, name))
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         view, done = tensor_bytes(tensor), 0
@@ -119,7 +121,7 @@ class AdaptedCheckpoint(Checkpoint):
             own = torch.frombuffer(chunk, dtype=info.dtype)
             if change.instead is not None:
                 own = self.adapter.values(change.instead, first, len(own))
-            total = added.to(own.to(torch.promote_types(own.dtype, torch.float32)), first)
+            total = added.to(own, first)
             merged = total.to(info.dtype)
             if bool(torch.isfinite(total).all()) and not bool(torch.isfinite(merged).all()):
                 raise InputModelError(
@@ -136,6 +138,7 @@ class _Added:
 
     def __init__(self, adapter: Adapter, change: Change, info: TensorInfo) -> None:
         factors = change.factors
+        self._wide = torch.promote_types(info.dtype, torch.float32)
         self._bias: Tensor | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
         if factors is None:
@@ -143,15 +146,15 @@ class _Added:
         self._scaling = factors.scaling
         if change.bias:
             assert factors.bias is not None
-            self._bias = adapter.matrix(factors.bias)
+            self._bias = adapter.matrix(factors.bias).to(self._wide)
             return
-        a, b = adapter.matrix(factors.a), adapter.matrix(factors.b)
+        a, b = (adapter.matrix(name).to(self._wide) for name in (factors.a, factors.b))
         self._rows = (a.t(), b.t()) if change.flipped else (b, a)
         self._width = info.shape[1]
 
     def to(self, values: Tensor, first: int) -> Tensor:
         """A piece [N] of the tensor, from its number ``first`` on, with what is added to it."""
-        last = first + len(values)
+        values, last = values.to(self._wide), first + len(values)
         if self._bias is not None:
             return values + self._bias[first:last] * self._scaling
         if self._rows is None:

@@ -126,7 +126,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _refused(what: str) -> InputModelError:
-    return InputModelError(f"{ADAPTER_CONFIG}: {what}", hint=UNMERGED)
+    return InputModelError(
+        f"the adapter cannot be merged ({ADAPTER_CONFIG}): {what}", hint=UNMERGED
+    )
 
 
 def _count(value: object) -> bool:

@@ -15,6 +15,7 @@ from convert.adapters import merged
 from convert.checkpoint.adapter import find_adapter
 from convert.checkpoint.reader import Checkpoint
 from convert.families import FAMILIES
+from convert.loading import load_model
 from kvpatch.errors import InputModelError
 from tests.adapted import EVERY, as_peft, effective_weights, opened, write_adapter, write_base
 from tests.helpers import assert_equal
@@ -47,7 +48,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused": ("phi3", {"target_modules": "all-linear"}),
     "fused neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense", "dense_4h_to_h"]}),
     "opt": ("opt", {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["embed_positions"]}),
-    "experts' router apart": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
+    "experts apart": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
 }
 # base with one tensor for both embeddings, which peft does not merge rightly: whether it splits
 TIED: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -122,11 +123,16 @@ def test_embeddings_that_were_one_are_what_each_computes_with(form: str, tmp_pat
         assert (found.config.get("tie_word_embeddings") is False) is splits
 
 
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_sums_are_rounded_once_to_the_dtype_of_the_base(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_sums_are_rounded_once_to_the_dtype_of_the_base(
+    dtype: torch.dtype, own: torch.dtype, tmp_path: Path
+) -> None:
     folder = write_base(tmp_path / "model", dtype=dtype)
     write_adapter(folder, target_modules=list(EVERY), r=3, lora_alpha=5)
-    factors = load_file(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    factors = {name: tensor.to(own) for name, tensor in load_file(file).items()}
+    save_file(factors, file)
     wide = torch.promote_types(dtype, torch.float32)
     with opened(folder, "merge") as found, Checkpoint(folder) as base:
         for name in found.tensors:
@@ -146,6 +152,26 @@ def test_pieces_do_not_follow_rows(tmp_path: Path) -> None:
             whole = found.read(name).view(torch.uint8).numpy().tobytes()
             for size in (8, 104, 1000):
                 assert b"".join(bytes(chunk) for chunk in found.chunks(name, size)) == whole
+
+
+def test_experts_that_were_trained_one_by_one_are_merged_one_by_one(tmp_path: Path) -> None:
+    """As peft does with adapters of releases that had a module for each expert."""
+    folder = write_adapter(write_base(tmp_path / "model", "mixtral"), target_modules=Q)
+    file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(2)
+    tensors = load_file(file)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if ".experts." in name:
+            for side, shape in (("A", (4, weight.shape[1])), ("B", (weight.shape[0], 4))):
+                drawn = torch.randint(-8, 9, shape, generator=generator) / 16
+                module = name.removesuffix(".weight")
+                tensors[f"base_model.model.{module}.lora_{side}.weight"] = drawn
+    save_file(tensors, file)
+    _config(target_modules=["q_proj", "w1", "w2", "w3"])(folder)
+    ours = load_model(folder, dtype=torch.float32, adapter="merge")
+    expected = dict(as_peft(folder).merge_and_unload().named_parameters())
+    assert len(expected) == len(list(ours.parameters()))
+    for name, parameter in ours.named_parameters():
+        assert_equal(parameter.detach(), expected[name].detach())
 
 
 def test_files_are_those_of_both(tmp_path: Path) -> None:
