@@ -17,6 +17,7 @@ from convert.commands import (
 )
 from convert.commands.boundary import app
 from convert.console import Console
+from convert.signals import ending_soon
 from kvpatch import __version__
 
 __all__ = [
@@ -49,4 +50,5 @@ def _options(
 
 def main() -> None:
     """Entry point of the ``kvpatch`` command."""
-    app()
+    with ending_soon():
+        app()

@@ -22,6 +22,7 @@ from typing import Any, Self
 import filelock
 
 from convert.checkpoint.writer import FileRecord, full_disk_is_our_error
+from convert.signals import at_hard_end
 from kvpatch import __version__
 from kvpatch.errors import OutputError, UntrustedSourceError, UsageError
 
@@ -102,6 +103,7 @@ class Staging:
         self._lock = filelock.FileLock(
             self.out.with_name(f".{self.out.name}.kvpatch-lock"), timeout=0
         )
+        self._hard_end = contextlib.ExitStack()
         self.finished: dict[str, tuple[FileRecord, list[dict[str, Any]]]] = {}
 
     def __enter__(self) -> Self:
@@ -182,6 +184,7 @@ class Staging:
             ) from None
         except OSError as error:
             raise OutputError(f"cannot lock {lock}: {error}") from error
+        self._hard_end.enter_context(at_hard_end(lambda _: lock.unlink(missing_ok=True)))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             lock.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {now}\n")
@@ -190,6 +193,7 @@ class Staging:
             raise
 
     def _drop_lock(self) -> None:
+        self._hard_end.close()
         Path(self._lock.lock_file).unlink(missing_ok=True)  # while held: nobody else can have it
         self._lock.release()
 

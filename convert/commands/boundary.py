@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import typer
 
 from convert.console import Console
+from convert.signals import at_hard_end
 from kvpatch.errors import KvpatchError, Terminated, UsageError
 
 __all__ = ["app", "command"]
@@ -37,15 +39,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*args: Any, **options: Any) -> None:
         debug = bool(options.get("debug"))
+
+        def interrupted(number: int) -> int:
+            what = "terminated" if number == signal.SIGTERM else "interrupted"
+            hint = _AFTER_INTERRUPT.get(function.__name__)
+            return _report(what, hint, 128 + number, debug)
+
         try:
-            function(*args, **options)
+            with at_hard_end(interrupted):
+                function(*args, **options)
         except KvpatchError as error:
             raise typer.Exit(_report(error.message, error.hint, error.exit_code, debug)) from None
         except KeyboardInterrupt as interrupt:
             terminated = isinstance(interrupt, Terminated)
-            what = "terminated" if terminated else "interrupted"
-            hint = _AFTER_INTERRUPT.get(function.__name__)
-            raise typer.Exit(_report(what, hint, 143 if terminated else 130, debug)) from None
+            number = signal.SIGTERM if terminated else signal.SIGINT
+            raise typer.Exit(interrupted(number)) from None
         except BrokenPipeError:  # the reader of stdout went away, as `| head` does
             raise typer.Exit(0) from None
         except OSError as error:
@@ -62,7 +70,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _report(message: str, hint: str | None, code: int, debug: bool) -> int:
-    if debug:
+    if debug and sys.exception() is not None:
         traceback.print_exc(file=sys.stderr)
     console = Console()
     console.note(f"error: {message}")

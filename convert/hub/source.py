@@ -16,6 +16,7 @@ from convert.checkpoint.paths import hub_snapshot
 from convert.checkpoint.safetensors_header import header_bytes
 from convert.checkpoint.sidecars import DOWNLOADED, NOT_DOWNLOADED
 from convert.hub.client import hub_errors, quiet_client
+from convert.signals import at_hard_end
 from kvpatch.errors import InputModelError, UsageError
 
 __all__ = [
@@ -162,7 +163,10 @@ def opened_source(
         with opened_source(name, revision=at, allow_pickle=allow_pickle, whole=whole) as opened:
             yield replace(source, base=opened)
         return
-    with tempfile.TemporaryDirectory(prefix="kvpatch-headers-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="kvpatch-headers-") as folder,
+        at_hard_end(lambda _: shutil.rmtree(folder, ignore_errors=True)),
+    ):
         with hub_errors(repository, at):
             source = _with_headers(repository, at, Path(folder) / "model")
         yield source

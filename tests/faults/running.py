@@ -21,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from convert.cli import app
+from convert.signals import ending_soon
 from tests.flags import unknown_flags
 
 __all__ = [
@@ -140,7 +141,8 @@ def _child(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     for fault in faults:
         fault()
-    app(arguments, prog_name="kvpatch")
+    with ending_soon():
+        app(arguments, prog_name="kvpatch")
 
 
 def _drain(reader: Connection) -> str:
