@@ -15,7 +15,7 @@ import torch
 from convert.adapters import AdapterChoice, made_with, opened
 from convert.checkpoint.adapter_config import ADAPTER_CONFIG
 from convert.checkpoint.manifest import read_manifest
-from convert.checkpoint.sidecars import tokenizer_folder
+from convert.checkpoint.sidecars import gathered_files, tokenizer_folder
 from convert.checkpoint.staging import MANIFEST
 from convert.config_keys import running_config
 from convert.hub import fetch_source
@@ -36,6 +36,7 @@ __all__ = [
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
 _USUAL_POSITIONS = 2048
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +146,21 @@ def _load_read(
 
     From a folder transformers would load an adapter by peft, whatever is asked for.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: PLC0415
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig  # noqa: PLC0415
 
     with opened(folder, adapter) as checkpoint:
         config = running_config(checkpoint.config)
-        loaded: tuple[Any, Mapping[str, Any]] = MODEL_FOR_CAUSAL_LM_MAPPING[
-            type(config)
-        ].from_pretrained(
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
             state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
             dtype=dtype if dtype is not None else "auto",
             output_loading_info=True,
         )
-    return loaded
+    origin = gathered_files(fetch_source(str(folder)).folders).get(_GENERATION)
+    if origin is not None:
+        model.generation_config = GenerationConfig.from_pretrained(origin)
+    return model, report
 
 
 def load_tokenizer(folder: Path) -> Any:
