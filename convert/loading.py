@@ -15,7 +15,7 @@ import torch
 from convert.adapters import AdapterChoice, made_with
 from convert.checkpoint.adapter_config import ADAPTER_CONFIG
 from convert.checkpoint.manifest import read_manifest
-from convert.checkpoint.sidecars import tokenizer_folder
+from convert.checkpoint.sidecars import gathered_files, tokenizer_folder
 from convert.checkpoint.staging import MANIFEST
 from convert.config_keys import running_config
 from convert.hub import fetch_source
@@ -42,6 +42,7 @@ __all__ = [
 
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _loaded(
     From a folder transformers would load an adapter by peft, whatever is asked for, and would miss
     tensors with the names of a wrapper.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415
 
     if read is None:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -186,6 +187,9 @@ def _loaded(
                 state_dict={name: checkpoint.read(name) for name in checkpoint.tensors},
                 **common,
             )
+            origin = gathered_files(fetch_source(str(folder)).folders).get(_GENERATION)
+            if origin is not None:
+                model.generation_config = GenerationConfig.from_pretrained(origin)
     except (RuntimeError, ValueError, OSError) as error:
         raise VerificationError(f"{folder} does not load in transformers: {error}") from error
     wrong = {

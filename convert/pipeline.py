@@ -121,8 +121,8 @@ def prepare(
         warnings = [*model.warnings, *scheme.warnings, *scheme.caveats]
         metadata: dict[str, Any] = {}
         try:
-            for folder in source.folders:
-                metadata |= inherited_metadata(folder)
+            cards = [inherited_metadata(folder) for folder in source.folders]
+            metadata = {key: value for card in cards for key, value in card.items()}
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:

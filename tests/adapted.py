@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +23,19 @@ from convert.checkpoint.reader import Checkpoint
 from convert.hub import fetch_source
 from convert.opening import open_model
 from tests.families.stock import make
+from tests.families.texts import write_tokenizer
 from tests.families.tiny import settings
 
-__all__ = ["EVERY", "as_peft", "effective_weights", "opened", "write_adapter", "write_base"]
+__all__ = [
+    "EVERY",
+    "as_peft",
+    "effective_weights",
+    "opened",
+    "save_merged",
+    "set_base",
+    "write_adapter",
+    "write_base",
+]
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -106,3 +119,29 @@ def opened(
     source = fetch_source(str(folder), allow_pickle=allow_pickle)
     with open_model(source, adapter=choice, allow_pickle=allow_pickle) as model:
         yield model.checkpoint
+
+
+def save_merged(beside: Path, folder: Path) -> None:
+    """Base and adapter as one model, with two embeddings where peft computes with two."""
+    model = as_peft(beside)
+    found = dict(effective_weights(model))
+    write_tokenizer(folder)
+    if (beside / "generation_config.json").exists():
+        shutil.copy(beside / "generation_config.json", folder)
+    config = json.loads((beside / "config.json").read_text())
+    embedding = next(name for name in found if name.endswith(("embed_tokens.weight", "wte.weight")))
+    if torch.equal(found[embedding], found["lm_head.weight"]):
+        del found["lm_head.weight"]
+    else:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = load_file(beside / "model.safetensors")
+    ordered = {name: found[name].reshape(stored[name].shape) for name in stored} | found
+    save_file({n: t.contiguous() for n, t in ordered.items()}, folder / "model.safetensors")
+
+
+def set_base(adapter: Path, base: str | None, **more: object) -> None:
+    """Change what an adapter says it was trained on."""
+    file = adapter / "adapter_config.json"
+    keys = {"base_model_name_or_path": base, **more}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))

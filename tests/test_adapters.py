@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from convert.checkpoint.manifest import read_manifest
 from convert.loading import load_model
 from convert.pipeline import prepare
 from convert.recipe import make_recipe
-from tests.adapted import EVERY, as_peft, effective_weights, write_adapter, write_base
+from tests.adapted import EVERY, as_peft, save_merged, set_base, write_adapter, write_base
 from tests.families.stock import full_logits, random_ids
 from tests.families.texts import random_text, write_tokenizer
 from tests.faults.hub_client import Client
@@ -50,38 +49,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tokenizer(base)
         beside = Path(shutil.copytree(base, root / f"{name}-beside"))
         write_adapter(beside, **keys)
-        _save_merged(beside, root / f"{name}-merged")
+        save_merged(beside, root / f"{name}-merged")
     alone = root / "alone"
     alone.mkdir()
     for file in ADAPTER_FILES:
         shutil.copy(root / "llama-beside" / file, alone)
-    _set_base(alone, "../llama")
+    set_base(alone, "../llama")
     return root
-
-
-def _save_merged(beside: Path, folder: Path) -> None:
-    """Base and adapter as one model, with two embeddings where peft computes with two."""
-    model = as_peft(beside)
-    found = dict(effective_weights(model))
-    write_tokenizer(folder)
-    if (beside / "generation_config.json").exists():
-        shutil.copy(beside / "generation_config.json", folder)
-    config = json.loads((beside / "config.json").read_text())
-    embedding = next(name for name in found if name.endswith(("embed_tokens.weight", "wte.weight")))
-    if torch.equal(found[embedding], found["lm_head.weight"]):
-        del found["lm_head.weight"]
-    else:
-        config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config))
-    stored = load_file(beside / "model.safetensors")
-    ordered = {name: found[name].reshape(stored[name].shape) for name in stored} | found
-    save_file({n: t.contiguous() for n, t in ordered.items()}, folder / "model.safetensors")
-
-
-def _set_base(adapter: Path, base: str, **more: object) -> None:
-    file = adapter / "adapter_config.json"
-    keys = {"base_model_name_or_path": base, **more}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
 
 def _convert(kind: str, source: Path, out: Path, *flags: str) -> Path:
@@ -127,6 +101,14 @@ def test_results_compute_what_base_and_adapter_do(name: str, place: Path) -> Non
     ids = random_ids(model)
     expected = full_logits(as_peft(place / f"{name}-beside").double(), ids)
     assert_close(full_logits(model.double(), ids), expected, atol=1e-10)
+
+
+def test_models_stop_generating_where_the_folder_says(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place / "llama-beside", tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    for choice in ("merge", "ignore"):
+        model = load_model(folder, dtype=torch.float32, adapter=choice)
+        assert model.generation_config.eos_token_id == [2, 7]
 
 
 def test_the_base_alone_is_converted_if_that_is_said(place: Path, tmp_path: Path) -> None:
@@ -236,7 +218,7 @@ def test_side_files_of_the_adapter_go_first(place: Path, tmp_path: Path) -> None
     (base / "vocab.txt").write_text("of a tokenizer that the adapter does not have\n")
     (base / "generation_config.json").write_text('{"do_sample": false}\n')
     alone = shutil.copytree(place / "alone", tmp_path / "alone")
-    _set_base(alone, str(base))
+    set_base(alone, str(base))
     out = _convert("cla", alone, tmp_path / "first")
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (out / "vocab.txt").exists()
@@ -263,7 +245,7 @@ def test_a_base_that_is_not_there_is_refused(
     base: str | None, message: str, place: Path, tmp_path: Path
 ) -> None:
     alone = shutil.copytree(place / "alone", place / tmp_path.name)
-    _set_base(alone, base)  # type: ignore[arg-type]
+    set_base(alone, base)
     run = cli(["mqa", str(alone), str(tmp_path / "out")])
     assert run.code in {2, 3}
     assert message in run.err
@@ -381,7 +363,7 @@ def test_the_base_of_an_adapter_is_fetched_at_its_revision(
 ) -> None:
     client = Client(hub.url, tmp_path / "home")
     alone = Path(shutil.copytree(place / "alone", tmp_path / "alone"))
-    _set_base(alone, REPOSITORY, revision=OLD)
+    set_base(alone, REPOSITORY, revision=OLD)
     dry = _succeeded(client(["mqa", str(alone), str(tmp_path / "out"), "--dry-run", "--json"]))
     assert json.loads(dry.out)["adapter"]["base"] == REPOSITORY
     assert not list(client.cache.rglob("*.safetensors"))
