@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convert.commands.boundary import command
-from convert.commands.flags import AdapterChoice, Debug, Json, Quiet
+from convert.commands.flags import AdapterChoice, Debug, Json, Quiet, RunDtype
 from convert.console import Console
 
 __all__ = ["bench"]
@@ -23,13 +23,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians count.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype to run in: float32, bfloat16, float16 or float64; default: float32 on the "
-            "CPU, else the model's."
-        ),
-    ] = None,
+    dtype: RunDtype = None,
     adapter: AdapterChoice = None,
     patched: Annotated[
         bool | None,

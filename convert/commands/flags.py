@@ -26,6 +26,7 @@ __all__ = [
     "Refit",
     "Resume",
     "Revision",
+    "RunDtype",
     "Samples",
     "Seed",
     "Serving",
@@ -70,6 +71,13 @@ TargetClass = Annotated[
 Arch = Annotated[str, typer.Option(help="Stock class of a native result: deepseek_v3 or youtu.")]
 Serving = Annotated[
     bool, typer.Option("--serving", help="Without biases, as servers of DeepSeek load it.")
+]
+RunDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Dtype to run in: float32, bfloat16, float16 or float64; default: float32 on the "
+        "CPU, else the model's."
+    ),
 ]
 Revision = Annotated[
     str | None,

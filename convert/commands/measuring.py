@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.commands.boundary import command
-from convert.commands.flags import AdapterChoice, Debug, Json, Quiet
+from convert.commands.flags import AdapterChoice, Debug, Json, Quiet, RunDtype
 from convert.console import Console
 from kvpatch.errors import UsageError
 
@@ -79,13 +79,7 @@ def eval(  # noqa: A001 - the command's name
     adapter: AdapterChoice = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype to run in: float32, bfloat16, float16 or float64; default: float32 on the "
-            "CPU, else the model's."
-        ),
-    ] = None,
+    dtype: RunDtype = None,
     save: Annotated[
         bool, typer.Option("--save", help="Write the result into MODEL's card and kvpatch.json.")
     ] = False,
