@@ -85,7 +85,10 @@ Revision = Annotated[
 ]
 AdapterChoice = Annotated[
     str | None,
-    typer.Option("--adapter", help="Adapter beside the weights: merge it, or ignore it."),
+    typer.Option(
+        "--adapter",
+        help="LoRA adapter beside the weights: merge or ignore; default: refuse such a source.",
+    ),
 ]
 Dtype = Annotated[
     str | None,
