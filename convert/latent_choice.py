@@ -159,7 +159,7 @@ def choose_latents(
         sources: For each layer the one whose latent it reads.
         tokens: [N, T] calibration windows, or None.
         to_write: Choose components; else the planes are placeholders, unless sizes must be chosen.
-        progress: Called with the number of layers just looked at.
+        progress: Called with the number of parts just looked at, as by ``LayerProgress``.
 
     Raises:
         UsageError: If the model cannot have such sizes.

@@ -28,6 +28,7 @@ from convert.latent_choice import LatentChoice, choose_latents
 from convert.loading import check_device
 from convert.methods import Converted
 from convert.plan import Plan, make_plan
+from convert.progress import PARTS
 from convert.quantities import parse_size
 from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
 from convert.record import manifest_of
@@ -155,7 +156,7 @@ def _chosen(
     if isinstance(recipe, ExportRecipe):
         assert export is not None
         return export.scheme, None
-    sources = _sources(recipe, facts, checkpoint, windows)
+    sources = _sources(recipe, facts, checkpoint, windows, _looking(facts, progress))
     if not isinstance(recipe, MlaRecipe):
         return scheme_of(recipe, facts, sources), None
     sizes, planes, latents = choose_latents(
@@ -165,9 +166,14 @@ def _chosen(
         sources=sources,
         tokens=None if windows is None else windows.tokens,
         to_write=to_write,
-        progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+        progress=_looking(facts, progress),
     )
     return latent_scheme(recipe, facts, sizes, planes, sources), latents
+
+
+def _looking(facts: ModelFacts, progress: Progress | None) -> Callable[[int], None]:
+    total = PARTS * facts.layers
+    return lambda n: progress("looking", n, total) if progress else None
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -191,7 +197,11 @@ def _windows(recipe: Recipe, source: Source) -> Windows | None:
 
 
 def _sources(
-    recipe: Recipe, facts: ModelFacts, checkpoint: Checkpoint, windows: Windows | None
+    recipe: Recipe,
+    facts: ModelFacts,
+    checkpoint: Checkpoint,
+    windows: Windows | None,
+    progress: Callable[[int], None],
 ) -> Sequence[int]:
     """For each layer the one whose keys and values it reads afterwards."""
     if not isinstance(recipe, ClaRecipe | MlaRecipe) or recipe.share is None:
@@ -208,6 +218,7 @@ def _sources(
         share=recipe.share,
         tokens=None if windows is None else windows.tokens,
         device=recipe.device,
+        progress=progress,
     )
 
 
@@ -303,8 +314,8 @@ def _calibrate(
         if prepared.latents is None
         else LatentConverting(**common, choice=prepared.latents)
     )
-    layers = prepared.plan.facts.layers
-    calibration.run(lambda n: progress("calibrating", n, layers) if progress else None)
+    total = PARTS * prepared.plan.facts.layers
+    calibration.run(lambda n: progress("calibrating", n, total) if progress else None)
     return calibration
 
 
