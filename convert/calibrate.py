@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +24,25 @@ from convert.methods.fitting import (
     refit_projections,
     row_divergence,
     second_moments,
-    token_gram,
+    steps_of_fits,
 )
+from convert.methods.similarity import token_gram
+from convert.progress import LayerProgress
 from convert.steps import Step
-from convert.streams import WEIGHTS, Converting, Streams, relative_error, side_by_side, unit_name
+from convert.streams import (
+    AFTER,
+    INPUTS,
+    MERGED,
+    OUTCOME,
+    SCORES,
+    WEIGHTS,
+    Converting,
+    Streams,
+    checked,
+    relative_error,
+    side_by_side,
+    unit_name,
+)
 
 __all__ = ["Calibration"]
 
@@ -45,12 +61,14 @@ class Calibration(Converting):
             converted.append(AttentionLayer(geometry=Geometry(**geometry), rope=rope, **fields))
         return converted, results
 
-    def convert(self, step: Step, decoder: Decoder, streams: Streams) -> list[Tensor]:
+    def convert(
+        self, step: Step, decoder: Decoder, streams: Streams, work: LayerProgress
+    ) -> list[Tensor]:
         """Convert the layers of a unit and lead both streams through them."""
         unit, dtype = step.layers, step.outputs[0].dtype
         before = [item for item, _ in read_unit(self.checkpoint, self.plan.facts, step, dtype)]
         seen = [
-            self.observe(layer, item, decoder, streams)
+            self.observe(layer, item, decoder, streams, work)
             for layer, item in zip(unit, before, strict=True)
         ]
         done = self.scratch.has(unit_name(unit))
@@ -64,12 +82,15 @@ class Calibration(Converting):
             dataclasses.replace(item, query_order=_query_order(item.layer.geometry, result))
             for item, result in zip(seen, results, strict=True)
         ]
-        after, shared, measured = list(converted), None, []
+        work.ticks(len(unit) * MERGED)()
+        after, shared, measured = checked(unit, list(converted)), None, []
+        windows = len(self.tokens)
         for place, layer in enumerate(unit):
             with decoder.block(layer) as block:
-                inputs = block.attention_inputs(streams.converted)
+                inputs = block.attention_inputs(streams.converted, work.ticks(INPUTS, windows))
                 if self.refit_scores and not done:
-                    after = self._refit_scores(place, seen, after, inputs, shared)
+                    after = self._refit_scores(place, seen, after, inputs, shared, work=work)
+                    after = checked(unit, after)
                 if shared is None:
                     shared = self._shared(after[0], seen[0].scoring, inputs)
                 scoring = seen[place].scoring
@@ -79,6 +100,8 @@ class Calibration(Converting):
                     after = self._refit_outcome(
                         place, seen, after, asked, inputs=inputs, shared=shared, target=target
                     )
+                    after = checked(unit, after)
+                    work.ticks(OUTCOME)()
                 if place == 0:
                     shared = self._shared(after[0], seen[0].scoring, inputs)
                 heads = head_outputs(asked, scoring, shared)
@@ -90,7 +113,9 @@ class Calibration(Converting):
                             "output_error": relative_error(outputs, seen[place].outputs),
                         }
                     )
-                streams.converted = block.run_all_with(streams.converted, outputs)
+                streams.converted = block.run_all_with(
+                    streams.converted, outputs, work.ticks(AFTER, windows)
+                )
         if not done:
             self._keep(unit, after, [{**r, **m} for r, m in zip(results, measured, strict=True)])
         return [token_gram(item.inputs) for item in seen]
@@ -102,10 +127,20 @@ class Calibration(Converting):
         after: Sequence[AttentionLayer],
         inputs: Tensor,
         shared: Shared | None,
+        *,
+        work: LayerProgress,
     ) -> list[AttentionLayer]:
         ready = [self.ready(layer) for layer in after]
+        steps = steps_of_fits(place, len(seen), ready[place].geometry.kv_heads)
         fitted = refit_projections(
-            place, seen, ready, inputs, shared, each=side_by_side, seed=self.seed
+            place,
+            seen,
+            ready,
+            inputs,
+            shared,
+            each=partial(side_by_side, work=work),
+            seed=self.seed,
+            tick=work.ticks(SCORES, steps),
         )
         return [self.stored(new, like=old) for new, old in zip(fitted, after, strict=True)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from convert.methods.fitting import (
     refit_outcome,
     row_divergence,
     second_moments,
-    token_gram,
 )
 from convert.methods.joint import complete, reader, shares_of
 from convert.methods.refit_latent import (
@@ -36,9 +36,24 @@ from convert.methods.refit_latent import (
     shared_by,
     with_expanded_values,
 )
+from convert.methods.refit_scores import STEPS
+from convert.methods.similarity import token_gram
 from convert.plan import Plan
+from convert.progress import LayerProgress
 from convert.steps import Step
-from convert.streams import Converting, Streams, relative_error, side_by_side, unit_name
+from convert.streams import (
+    AFTER,
+    INPUTS,
+    MERGED,
+    OUTCOME,
+    SCORES,
+    Converting,
+    Streams,
+    checked,
+    relative_error,
+    side_by_side,
+    unit_name,
+)
 from convert.targets.dense_blocks import stock_config
 from convert.targets.rope_tables import rope_table
 
@@ -78,12 +93,14 @@ class LatentConverting(Converting):
             results.append(result)
         return converted, results
 
-    def convert(self, step: Step, decoder: Decoder, streams: Streams) -> list[Tensor]:
+    def convert(
+        self, step: Step, decoder: Decoder, streams: Streams, work: LayerProgress
+    ) -> list[Tensor]:
         """Convert the layers of a unit and lead both streams through them."""
         unit = step.layers
         before = read_unit(self.checkpoint, self.plan.facts, step, torch.float32)
         seen = [
-            self.observe(number, original, decoder, streams)
+            self.observe(number, original, decoder, streams, work)
             for number, (original, _) in zip(unit, before, strict=True)
         ]
         done = self.scratch.has(unit_name(unit))
@@ -100,13 +117,15 @@ class LatentConverting(Converting):
                 scales=[one.scoring.scale for one in seen],
                 factor=_rotary_factor(self.plan.facts, unit[0]),
             )
+        work.ticks(len(unit) * MERGED)()
+        windows = len(self.tokens)
         refitted = self.refit_scores or self.refit_output
-        layers = [_mapped(layer, self.device) for layer in exact]
+        layers = checked(unit, [_mapped(layer, self.device) for layer in exact])
         exact = [] if refitted else exact
         scorings = [_latent_scoring(one, layers[0]) for one in seen]
         for place, number in enumerate(unit):
             with decoder.block(number) as block:
-                inputs = block.attention_inputs(streams.converted)
+                inputs = block.attention_inputs(streams.converted, work.ticks(INPUTS, windows))
             # a layer weighs as much as all that refits need beside it, so it is read again later
             if place == 0:
                 source = inputs
@@ -122,9 +141,15 @@ class LatentConverting(Converting):
                         zip(layers, seen, scorings, strict=True)
                     )
                 ]
+                tick = work.ticks(SCORES, _fits(readings, place))
                 layers = refit_latent_scores(
-                    readings, source, place=place, each=side_by_side, seed=self.seed
+                    readings,
+                    source,
+                    place=place,
+                    each=partial(side_by_side, work=work, tick=tick),
+                    seed=self.seed,
                 )
+                layers = checked(unit, layers)
             one = dataclasses.replace(seen[place], scoring=scorings[place])
             ready = expanded(layers[place])
             asked = queries(ready, one.scoring, inputs)
@@ -133,10 +158,14 @@ class LatentConverting(Converting):
                 layers[place], ready = self._refit_outcome(
                     layers[place], ready, one, asked, inputs=inputs, source=source, target=target
                 )
+                layers = checked(unit, layers)
+                work.ticks(OUTCOME)()
             shared = shared_by(layers[place], one.scoring, source)
             outputs = projected(ready, head_outputs(asked, one.scoring, shared))
             with decoder.block(number) as block:
-                streams.converted = block.run_all_with(streams.converted, outputs)
+                streams.converted = block.run_all_with(
+                    streams.converted, outputs, work.ticks(AFTER, windows)
+                )
             if not done:
                 results[place] |= {
                     "attention_kl": row_divergence(seen[place], asked, one.scoring, shared),
@@ -212,6 +241,16 @@ def _latent_scoring(seen: Observed, layer: LatentLayer) -> Scoring:
     idle = turn.new_ones(len(turn), len(layer.planes))
     kept = turn[:, list(layer.planes)] if turn.shape[1] else idle
     return dataclasses.replace(seen.scoring, turn=kept)
+
+
+def _fits(readings: Sequence[Reading], place: int) -> int:
+    """How many fits of a head ``refit_latent_scores`` comes to."""
+    first = readings[place].layer
+    heads = first.geometry.heads
+    if place:
+        return 2 * heads
+    rotary = STEPS + 2 if len(first.k_rope) else 0
+    return ((1 + rotary) * len(readings) + 1) * heads
 
 
 def _rotary_factor(facts: ModelFacts, number: int) -> float:

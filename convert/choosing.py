@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from convert.facts import ModelFacts
 from convert.layer import AttentionLayer
 from convert.methods import Method
 from convert.methods.fitting import second_moments
+from convert.progress import LayerProgress
 from convert.sharing import best_plan, groups_up_to
+from convert.streams import solvable
 from kvpatch.errors import UsageError
 
 __all__ = ["choose_plan", "possible_plan"]
@@ -41,6 +45,9 @@ def _groups(facts: ModelFacts, share: int) -> list[tuple[int, int]]:
     return groups
 
 
+_OBSERVED = 0.5  # of the look at a layer, about; the rest are merges of groups
+
+
 @torch.no_grad()
 def choose_plan(
     checkpoint: Checkpoint,
@@ -50,6 +57,7 @@ def choose_plan(
     share: int,
     tokens: Tensor | None,
     device: str,
+    progress: Callable[[int], None],
 ) -> tuple[int, ...]:
     """The sharing plan that loses least with as many producers as a uniform plan would have.
 
@@ -65,10 +73,12 @@ def choose_plan(
         tokens: [N, T] calibration windows, for the moments of the layers' inputs; None takes them
             as equal and white.
         device: Where calibration runs.
+        progress: Called with the number of parts just looked at, as by ``LayerProgress``.
 
     Raises:
         UsageError: If the model's layers differ too much to share that often.
-        InputModelError: If attention weights hold NaN or infinity.
+        InputModelError: If attention weights hold NaN or infinity, or the model cannot be run or
+            gives such numbers.
     """
     groups = _groups(facts, share)
     decoder = None
@@ -79,19 +89,24 @@ def choose_plan(
     layers: dict[int, AttentionLayer] = {}
     inputs: dict[int, Tensor] = {}
     losses: dict[tuple[int, int], float] = {}
+    work = LayerProgress(progress)
     for layer in range(facts.layers):
-        layers[layer] = read_attention(checkpoint, facts, layer, method.reads)
-        if decoder is not None:
-            with decoder.block(layer) as block:
-                stream, inputs[layer], _ = block.run_all(stream)
-        for start, end in [*groups, (layer, layer + 1)]:
-            if end == layer + 1:
+        ending = [(start, end) for start, end in groups if end == layer + 1]
+        with work.layers(1), solvable([layer]):
+            layers[layer] = read_attention(checkpoint, facts, layer, method.reads)
+            if decoder is not None:
+                assert tokens is not None
+                tick = work.ticks(_OBSERVED, len(tokens))
+                stream, inputs[layer], _ = decoder.observe(layer, stream, tick)
+            tick = work.ticks(1 - _OBSERVED, len(ending) + 1)
+            for start, end in [*ending, (layer, layer + 1)]:
                 members = range(start, end)
                 moments = second_moments([inputs[m] for m in members]) if inputs else None
                 _, results = method.convert([layers[m] for m in members], moments)
                 losses[start, end] = sum(
                     result["lost_energy_k"] + result["lost_energy_v"] for result in results
                 )
+                tick()
         for held in (layers, inputs):
             held.pop(layer + 1 - 2 * share, None)
     return best_plan(facts, losses, -(-facts.layers // share))

@@ -10,9 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from convert.signals import at_hard_end
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 __all__ = ["Console", "visible"]
+
+# the time that is left is told from the pace of the last so many: a step can take minutes
+_SPEED_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +95,8 @@ class Console:
             yield lambda stage, done, total: None
             return
         from rich import progress as bars  # noqa: PLC0415
-        from rich.console import Console as RichConsole  # noqa: PLC0415
 
-        with bars.Progress(console=RichConsole(stderr=True), transient=True) as bar:
+        with _bar(*bars.Progress.get_default_columns()) as bar:
             tasks: dict[str, bars.TaskID] = {}
 
             def advance(stage: str, done: int, total: int) -> None:
@@ -121,22 +128,36 @@ class Console:
             yield lambda done, total: None
             return
         from rich import progress as bars  # noqa: PLC0415
-        from rich.console import Console as RichConsole  # noqa: PLC0415
 
-        columns: list[bars.ProgressColumn] = [
+        columns = (
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TextColumn(unit),
             bars.TimeRemainingColumn(),
-        ]
-        with bars.Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        )
+        with _bar(*columns) as bar:
             task = bar.add_task(title, total=None)
 
             def advance(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
             yield advance
+
+
+@contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    bar = Progress(
+        *columns,
+        console=RichConsole(stderr=True),
+        transient=True,
+        speed_estimate_period=_SPEED_SECONDS,
+    )
+    with bar, at_hard_end(lambda _: bar.stop()):  # which hides the cursor meanwhile
+        yield bar
 
 
 def visible(text: str) -> str:

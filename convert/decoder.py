@@ -15,6 +15,8 @@ from convert.checkpoint.reader import Checkpoint
 from convert.config_keys import running_config
 from convert.facts import ModelFacts
 from convert.families import Family
+from convert.methods.least_squares import Tick, no_tick
+from kvpatch.errors import InputModelError
 
 __all__ = ["Block", "Decoder"]
 
@@ -36,8 +38,12 @@ class Block:
     options: Mapping[str, Any]
 
     @torch.no_grad()
-    def run_all(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run_all(self, hidden: Tensor, tick: Tick = no_tick) -> tuple[Tensor, Tensor, Tensor]:
         """Windows [N, T, E] through the layer, one at a time.
+
+        Args:
+            hidden: The windows.
+            tick: Called after each of them.
 
         Returns:
             [N, T, E] each: the layer's output, the input of its attention, and what the output
@@ -50,14 +56,20 @@ class Block:
             for window, states in enumerate(hidden):
                 after[window] = self._forward(states)
                 inputs[window], outputs[window] = seen["input"], seen["output"]
+                tick()
         finally:
             for hook in hooks:
                 hook.remove()
         return after, inputs, outputs
 
     @torch.no_grad()
-    def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs of the attention for the layer's inputs [N, T, E]; the rest is not run."""
+    def attention_inputs(self, hidden: Tensor, tick: Tick = no_tick) -> Tensor:
+        """Inputs of the attention for the layer's inputs [N, T, E]; the rest is not run.
+
+        Args:
+            hidden: The windows.
+            tick: Called after each of them.
+        """
         inputs = torch.empty_like(hidden)
         seen: dict[str, Tensor] = {}
         hook = self._watch(seen, stop=True)
@@ -66,18 +78,28 @@ class Block:
                 with _ends_early():
                     self._forward(states)
                 inputs[window] = seen["input"]
+                tick()
         finally:
             hook.remove()
         return inputs
 
     @torch.no_grad()
-    def run_all_with(self, hidden: Tensor, attention_outputs: Tensor) -> Tensor:
-        """The layer's outputs if its attention gave ``attention_outputs``, all [N, T, E]."""
+    def run_all_with(
+        self, hidden: Tensor, attention_outputs: Tensor, tick: Tick = no_tick
+    ) -> Tensor:
+        """The layer's outputs if its attention gave ``attention_outputs``, all [N, T, E].
+
+        Args:
+            hidden: The windows.
+            attention_outputs: Of each of them.
+            tick: Called after each of them.
+        """
         after = torch.empty_like(hidden)
         with self._idle_attention() as output:
             for window, (states, given) in enumerate(zip(hidden, attention_outputs, strict=True)):
                 output.forward = lambda *_, given=given: given[None]
                 after[window] = self._forward(states)
+                tick()
         return after
 
     @contextmanager
@@ -151,8 +173,9 @@ class Decoder:
         """Inputs [N, T, E] of the first layer for tokens [N, T]; float32, on the device."""
         with self._embeddings():
             self._options = self._seen_options(windows[:1])
-            embedded = [self._first_input(window[None]) for window in windows]
-        return torch.stack(embedded)
+            embedded = torch.stack([self._first_input(window[None]) for window in windows])
+        _check("the embeddings give", embedded)
+        return embedded
 
     def turn(self, layer: int) -> Tensor:
         """Rotation [T, P] of each plane at each position, complex, with its scaling."""
@@ -173,6 +196,19 @@ class Decoder:
         neighbours = torch.equal(cos[:, 0::2], cos[:, 1::2])
         cos, sin = (t[:, 0::2] if neighbours else t[:, :half] for t in (cos, sin))
         return torch.complex(cos, sin)
+
+    def observe(
+        self, layer: int, hidden: Tensor, tick: Tick = no_tick
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Lead windows [N, T, E] of the original model through a layer; see ``run_all``.
+
+        Raises:
+            InputModelError: If the layer gives numbers that nothing can be fitted to.
+        """
+        with self.block(layer) as block:
+            found = block.run_all(hidden, tick)
+        _check(f"layer {layer} gives", *found)
+        return found
 
     @contextmanager
     def block(self, layer: int) -> Iterator[Block]:
@@ -254,6 +290,16 @@ class Decoder:
         tensors = _stacked_experts(tensors)
         wanted = [name for name, _ in module.named_parameters()]
         module.load_state_dict({name: tensors[name] for name in wanted}, strict=False, assign=True)
+
+
+def _check(what: str, *tensors: Tensor) -> None:
+    """Refuse numbers that are not finite, or whose squares, which all fits begin with, are not."""
+    if not all(torch.linalg.vector_norm(tensor).isfinite() for tensor in tensors):
+        raise InputModelError(
+            f"{what} NaN or infinity on the calibration text, or numbers too large for float32",
+            hint="Use a sound checkpoint. Without --calibration the weights are converted without "
+            "running the model.",
+        )
 
 
 def _empty(module: nn.Module) -> None:

@@ -158,7 +158,10 @@ def choose_latents(
         splits: Sizes between which to choose.
         sources: For each layer the one whose latent it reads.
         tokens: [N, T] calibration windows, or None.
-        progress: Called with the number of layers just looked at.
+        progress: Called with the number of parts just looked at, as by ``LayerProgress``.
+
+    Raises:
+        UsageError: If the model cannot have such sizes.
     """
     units = units_of(sources)
     found = survey(

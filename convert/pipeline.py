@@ -25,7 +25,7 @@ from convert.checkpoint.writer import FileRecord, copy_file, write_file
 from convert.choosing import choose_plan
 from convert.execute import execute
 from convert.exporting import Export, examined, export_of, export_unit
-from convert.facts import has_latents, read_facts
+from convert.facts import ModelFacts, has_latents, read_facts
 from convert.foreseen import foreseen
 from convert.hub import Source, fetched, opened_source, user_path
 from convert.latent_choice import LatentChoice, choose_latents
@@ -33,6 +33,7 @@ from convert.loading import check_device
 from convert.methods import Converted
 from convert.opening import OpenModel, open_model
 from convert.plan import Plan, make_plan
+from convert.progress import PARTS
 from convert.quantities import parse_size
 from convert.recipe import ClaRecipe, ExportRecipe, MlaRecipe, Recipe
 from convert.record import manifest_of
@@ -210,15 +211,28 @@ def _chosen(
             splits=scheme.splits,
             sources=scheme.sources,
             tokens=tokens,
-            progress=lambda n: progress("looking", n, facts.layers) if progress else None,
+            progress=_looking(facts, progress),
         )
         chosen = latent_scheme(recipe, facts, sizes, latents.planes, scheme.sources)
         return chosen, latents, None
     if isinstance(recipe, ClaRecipe) and recipe.layers == "auto":
         method, share, device = method_of(recipe), recipe.share, recipe.device
-        sources = choose_plan(checkpoint, facts, method, share=share, tokens=tokens, device=device)
+        sources = choose_plan(
+            checkpoint,
+            facts,
+            method,
+            share=share,
+            tokens=tokens,
+            device=device,
+            progress=_looking(facts, progress),
+        )
         return scheme_of(recipe, facts, sources), None, None
     return scheme, None, None
+
+
+def _looking(facts: ModelFacts, progress: Progress | None) -> Callable[[int], None]:
+    total = PARTS * facts.layers
+    return lambda n: progress("looking", n, total) if progress else None
 
 
 def _windows(recipe: Recipe, source: Source, model: OpenModel) -> Windows | None:
@@ -338,8 +352,8 @@ def _calibrate(
         if prepared.latents is None
         else LatentConverting(**common, choice=prepared.latents)
     )
-    layers = prepared.plan.facts.layers
-    calibration.run(lambda n: progress("calibrating", n, layers) if progress else None)
+    total = PARTS * prepared.plan.facts.layers
+    calibration.run(lambda n: progress("calibrating", n, total) if progress else None)
     return calibration
 
 

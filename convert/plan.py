@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +20,7 @@ from convert.checkpoint.reader import CHUNK_BYTES, Checkpoint
 from convert.checkpoint.safetensors_header import TensorInfo
 from convert.facts import ModelFacts
 from convert.methods import Method
+from convert.resources import available_cores
 from convert.scheme import Scheme
 from convert.steps import Step, Steps, TensorSpec
 from convert.targets import Target
@@ -173,7 +173,7 @@ def _calibration_bytes(
     geometry, unit = facts.geometry, max(sources.count(layer) for layer in sources)
     stream = 4 * samples * context * geometry.hidden
     # of all readers of a KV head, and of the KV heads that are refitted side by side
-    at_once = min(kv_heads, len(os.sched_getaffinity(0)))
+    at_once = min(kv_heads, available_cores())
     scores = 4 * samples * context**2 * (geometry.heads // kv_heads) * unit * at_once
     prefix = facts.family.layer_prefix.format(layer=0)
     layer = 4 * sum(prod(i.shape) for n, i in tensors.items() if n.startswith(prefix))

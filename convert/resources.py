@@ -1,16 +1,17 @@
-"""How much memory and disk there is, and a refusal when it is not enough."""
+"""How much memory, disk and cores there are, and a refusal where it is not enough."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import psutil
 
-from kvpatch.errors import ResourceError
+from kvpatch.errors import ResourceError, UsageError
 from kvpatch.memory import format_bytes
 
-__all__ = ["available_ram", "check_disk", "check_ram"]
+__all__ = ["available_cores", "available_ram", "check_disk", "check_platform", "check_ram"]
 
 _CGROUP = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -20,6 +21,26 @@ _CGROUP = (
     ),
 )
 _MARGIN = 1.05
+
+
+def check_platform() -> None:
+    """Refuse a system without the calls with which checkpoints are read and published.
+
+    Raises:
+        UsageError: On Windows itself; Linux and macOS have them.
+    """
+    if not hasattr(os, "preadv"):
+        raise UsageError(
+            "only Linux and macOS are supported: this system has no preadv",
+            hint="On Windows, run it in WSL.",
+        )
+
+
+def available_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def available_ram() -> int:

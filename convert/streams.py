@@ -9,13 +9,12 @@ repairs what earlier layers lost. One decoder layer is in memory at a time.
 from __future__ import annotations
 
 import dataclasses
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,29 +23,40 @@ from convert.checkpoint.reader import Checkpoint
 from convert.checkpoint.scratch import Scratch
 from convert.decoder import Decoder
 from convert.facts import ModelFacts
-from convert.layer import AttentionLayer
+from convert.layer import AttentionLayer, LatentLayer
 from convert.methods import Converted
 from convert.methods.attention import Scoring, plane_order, with_head_order
-from convert.methods.fitting import Observed, similarity
+from convert.methods.fitting import Observed
+from convert.methods.least_squares import Tick, no_tick
+from convert.methods.similarity import similarity
 from convert.plan import Plan
+from convert.progress import LayerProgress
+from convert.resources import available_cores
 from convert.steps import Step
-from kvpatch.errors import InputModelError
+from kvpatch.errors import InputModelError, VerificationError
 
 __all__ = [
     "WEIGHTS",
     "Converting",
     "Streams",
+    "checked",
     "observe",
     "ready",
     "relative_error",
     "scoring_of",
     "side_by_side",
+    "solvable",
     "threads_for",
     "unit_name",
 ]
 
+_Layer = TypeVar("_Layer", AttentionLayer, LatentLayer)
 _SIMILARITY = "similarity"
 _SMALL = 1024  # hidden width
+# shares of the work on a layer that is converted with both refits, about: they change with the
+# widths and the tokens
+OBSERVED, MERGED, INPUTS, SCORES, OUTCOME, AFTER = 0.15, 0.1, 0.05, 0.4, 0.2, 0.1
+_SIGN_SECONDS = 1.0  # between reports of what other threads do
 WEIGHTS = tuple(
     field.name
     for field in dataclasses.fields(AttentionLayer)
@@ -91,7 +101,7 @@ class Converting(ABC):
         """Convert all units; afterwards ``unit`` has each of them.
 
         Args:
-            progress: Called with the number of layers just done.
+            progress: Called with the number of parts just done, as by ``LayerProgress``.
 
         Raises:
             InputModelError: If the model cannot be run, or gives numbers that are not finite.
@@ -107,9 +117,10 @@ class Converting(ABC):
             decoder = Decoder(self.checkpoint, facts, context=tokens, device=self.device)
             embedded = decoder.embed(self.tokens)
             streams = Streams(embedded, embedded.clone())
+            work = LayerProgress(progress)
             for unit in units:
-                grams += self.convert(steps[unit], decoder, streams)
-                progress(len(unit))
+                with work.layers(len(unit)), solvable(unit):
+                    grams += self.convert(steps[unit], decoder, streams, work)
         self.scratch.keep(_SIMILARITY, {}, similarity(grams))
 
     def similarity(self) -> list[list[float]]:
@@ -122,7 +133,9 @@ class Converting(ABC):
         """The converted layers of a unit and what each of them lost."""
 
     @abstractmethod
-    def convert(self, step: Step, decoder: Decoder, streams: Streams) -> list[Tensor]:
+    def convert(
+        self, step: Step, decoder: Decoder, streams: Streams, work: LayerProgress
+    ) -> list[Tensor]:
         """Convert the layers of a unit and lead both streams through them.
 
         Returns:
@@ -130,11 +143,17 @@ class Converting(ABC):
         """
 
     def observe(
-        self, layer: int, original: AttentionLayer, decoder: Decoder, streams: Streams
+        self,
+        layer: int,
+        original: AttentionLayer,
+        decoder: Decoder,
+        streams: Streams,
+        work: LayerProgress,
     ) -> Observed:
         """Lead the original stream through a layer and take down what its attention does."""
+        tick = work.ticks(OBSERVED, len(self.tokens))
         seen, streams.original = observe(
-            self.plan.facts, layer, original, decoder, streams.original
+            self.plan.facts, layer, original, decoder, streams.original, tick=tick
         )
         return seen
 
@@ -161,7 +180,13 @@ def ready(layer: AttentionLayer, device: str) -> AttentionLayer:
 
 
 def observe(
-    facts: ModelFacts, number: int, original: AttentionLayer, decoder: Decoder, before: Tensor
+    facts: ModelFacts,
+    number: int,
+    original: AttentionLayer,
+    decoder: Decoder,
+    before: Tensor,
+    *,
+    tick: Tick,
 ) -> tuple[Observed, Tensor]:
     """Lead the original model's hidden states through a layer and take down what happens.
 
@@ -171,6 +196,7 @@ def observe(
         original: The same layer.
         decoder: The model, which has seen a window.
         before: [N, T, E] hidden states that come in.
+        tick: Called after each window.
 
     Returns:
         What the layer did, and the hidden states [N, T, E] that go out.
@@ -178,10 +204,7 @@ def observe(
     Raises:
         InputModelError: If these are not finite.
     """
-    with decoder.block(number) as block:
-        after, inputs, outputs = block.run_all(before)
-    if not torch.isfinite(after).all():
-        raise InputModelError(f"layer {number} gives NaN or infinity on the calibration text")
+    after, inputs, outputs = decoder.observe(number, before, tick)
     observed = Observed(
         layer=ready(original, decoder.device),
         scoring=scoring_of(facts, number, decoder, before.shape[1]),
@@ -228,17 +251,75 @@ def threads_for(hidden: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(function: Callable[[int], None], numbers: range) -> None:
+def checked(numbers: Sequence[int], layers: list[_Layer]) -> list[_Layer]:
+    """Converted layers, all of whose weights must be finite.
+
+    Args:
+        numbers: Which layers.
+        layers: The same.
+
+    Raises:
+        VerificationError: If a weight is not; that of the source was.
+    """
+    for number, layer in zip(numbers, layers, strict=True):
+        for field in dataclasses.fields(layer):
+            weight = getattr(layer, field.name)
+            if isinstance(weight, Tensor) and not torch.isfinite(weight).all():
+                dtype = str(weight.dtype).removeprefix("torch.")
+                raise VerificationError(
+                    f"the converted layer {number} overflows in {dtype} ({field.name})",
+                    hint="Choose --dtype bfloat16 or float32; if that does not help, --refit none.",
+                )
+    return layers
+
+
+@contextmanager
+def solvable(layers: Sequence[int]) -> Iterator[None]:
+    """Name the layers whose numbers decompositions fail on.
+
+    Raises:
+        InputModelError: If one fails: finite numbers can be too large for their products.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        named = ", ".join(map(str, layers))
+        raise InputModelError(
+            f"the weights or activations of layer {named} are too large, too small or too much "
+            f"alike to be decomposed: {error}",
+            hint="Use a sound checkpoint. If this one is, run with --debug and report it.",
+        ) from error
+
+
+def side_by_side(
+    function: Callable[[int], None], numbers: range, *, work: LayerProgress, tick: Tick = no_tick
+) -> None:
     """Call a function for each number on all cores, each with one torch thread of its own.
 
     So the result does not depend on the number of cores.
+
+    Args:
+        function: What to call.
+        numbers: With what.
+        work: What the function may tick; it is reported here meanwhile.
+        tick: Called after each call of the function.
     """
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+
+    def ticked(number: int) -> None:
+        function(number)
+        tick()
+
+    threads, cores = torch.get_num_threads(), available_cores()
     with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for done in [pool.submit(function, number) for number in numbers]:
-                done.result()
-        finally:
+            left = {pool.submit(ticked, number) for number in numbers}
+            while left:
+                done, left = wait(left, timeout=_SIGN_SECONDS, return_when=FIRST_COMPLETED)
+                for one in done:
+                    one.result()
+                work.report()
+        finally:  # after an error or a signal nobody wants what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
             torch.set_num_threads(threads)
 
 

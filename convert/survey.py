@@ -6,7 +6,8 @@ attention of every layer are looked at first: on the calibration text, or from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,9 @@ from convert.methods.fitting import second_moments
 from convert.methods.joint import Joint, factored_jointly, joint, shares_of, together
 from convert.methods.latent import still_keys
 from convert.methods.mixing import Mixture, query_energy
+from convert.progress import LayerProgress
 from convert.steps import units_of
-from convert.streams import observe, threads_for
+from convert.streams import observe, solvable, threads_for
 from convert.targets.dense_blocks import stock_config
 from convert.targets.rope_tables import rope_table
 
@@ -41,6 +43,9 @@ _LONGEST = 4096  # tokens of distance that are presumed at most
 # one window of so many is looked at: measured, with all of them nothing is chosen better (at an
 # eighth and a sixteenth of the cache losses differ by a hundredth, either way)
 _EVERY = 4
+_OBSERVED = 0.5  # of the look at a layer, about; the rest are decompositions
+
+_Looks = Generator[tuple[Joint, Attended, float | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +88,26 @@ def survey(
         pairs: Numbers of rotary pairs to predict losses for.
         rank: Latent dims up to which they are predicted.
         selection: How pairs are chosen.
-        progress: Called with the number of layers just done.
+        progress: Called with the number of parts just done, as by ``LayerProgress``.
 
     Raises:
         InputModelError: If the model cannot be run, or holds or gives numbers that are not finite.
     """
-    units = units_of(sources)
+    units, work = units_of(sources), LayerProgress(progress)
     looks = (
         _presumed(checkpoint, facts, units)
         if tokens is None
-        else _measured(checkpoint, facts, units, tokens, device)
+        else _measured(checkpoint, facts, units, tokens, device=device, work=work)
     )
     found = []
-    for unit, (layers, seen, power) in zip(units, looks, strict=True):
-        prospect = _prospect(layers, seen, pairs, rank=rank, selection=selection, power=power)
-        found.append(Survey(layers.mixture, seen, prospect))
-        progress(len(unit))
+    with closing(looks):
+        for unit in units:
+            with work.layers(len(unit)), solvable(unit):
+                layers, seen, power = next(looks)
+                prospect = _prospect(
+                    layers, seen, pairs, rank=rank, selection=selection, power=power
+                )
+            found.append(Survey(layers.mixture, seen, prospect))
     return found
 
 
@@ -107,8 +116,10 @@ def _measured(
     facts: ModelFacts,
     units: Sequence[tuple[int, ...]],
     tokens: Tensor,
+    *,
     device: str,
-) -> Iterator[tuple[Joint, Attended, float | None]]:
+    work: LayerProgress,
+) -> _Looks:
     """Each unit, what its attention makes of its keys, and the power of the residual stream."""
     tokens = tokens[::_EVERY]
     with threads_for(facts.geometry.hidden):
@@ -118,7 +129,8 @@ def _measured(
             layers, seen = [], []
             for number in unit:
                 layers.append(read_attention(checkpoint, facts, number, _READS, torch.float32))
-                observed, stream = observe(facts, number, layers[-1], decoder, stream)
+                tick = work.ticks(_OBSERVED, len(tokens))
+                observed, stream = observe(facts, number, layers[-1], decoder, stream, tick=tick)
                 seen.append(observed)
             inputs = second_moments([one.inputs for one in seen])
             found = joint(layers, inputs, shares_of(seen), facts.qk_norm)
@@ -134,7 +146,7 @@ def _measured(
 
 def _presumed(
     checkpoint: Checkpoint, facts: ModelFacts, units: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[Joint, Attended, float | None]]:
+) -> _Looks:
     stock = stock_config(facts) if any(rope.dim for rope in facts.ropes) else None
     for unit in units:
         turns = facts.ropes[unit[0]].dim > 0

@@ -25,12 +25,14 @@ from convert.checkpoint.safetensors_header import (
     tensor_bytes,
     unique_json,
 )
+from convert.resources import check_platform
 from kvpatch.errors import InputModelError, UntrustedSourceError
 
 __all__ = ["CHUNK_BYTES", "Checkpoint", "FileState", "read_json"]
 
 CHUNK_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
+_MOST_BYTES = 1 << 30  # read in one call; macOS refuses two of these
 _SINGLE = "model.safetensors"
 _PICKLE_SINGLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -64,6 +66,7 @@ class Checkpoint:
 
     Raises:
         InputModelError: For any damage or contradiction in what is there.
+        UsageError: On Windows itself.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Checkpoint:
         allow_pickle: bool = False,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
+        check_platform()
         self.root = root
         self._sizes = sizes or {}
         self.config = _read_config(root)
@@ -202,7 +206,8 @@ class Checkpoint:
         done = 0
         while done < len(target):
             with _read_errors(file):
-                count = os.preadv(self._descriptors[file], [target[done:]], offset + done)
+                part = target[done : done + _MOST_BYTES]
+                count = os.preadv(self._descriptors[file], [part], offset + done)
             if count == 0:
                 raise UntrustedSourceError(
                     f"{file} ended at byte {offset + done:,} while it was read; "

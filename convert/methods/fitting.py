@@ -21,9 +21,17 @@ from convert.methods.attention import (
     weights,
 )
 from convert.methods.halves import gram
+from convert.methods.least_squares import Tick, no_tick
 from convert.methods.merge import Inputs
 from convert.methods.refit_outcome import ValueReader, refit_output, refit_values
-from convert.methods.refit_scores import Basis, Reader, basis_of, refit_queries, refit_scores
+from convert.methods.refit_scores import (
+    STEPS,
+    Basis,
+    Reader,
+    basis_of,
+    refit_queries,
+    refit_scores,
+)
 
 __all__ = [
     "Observed",
@@ -34,12 +42,10 @@ __all__ = [
     "refit_projections",
     "row_divergence",
     "second_moments",
-    "similarity",
-    "token_gram",
+    "steps_of_fits",
 ]
 
 _FAINT = 1e-3  # of the power of the strongest outcome in a unit
-_COMPARED_TOKENS = 512
 _EVERY = 4  # one window of so many is compared
 
 Each = Callable[[Callable[[int], None], range], object]
@@ -108,29 +114,6 @@ def second_moments(inputs: Sequence[Tensor]) -> Inputs:
     return Inputs(tuple(m / count for m in own), tuple(m / count for m in cross))
 
 
-def token_gram(inputs: Tensor) -> Tensor:
-    """Inner products [n, n] of some of the tokens of inputs [N, T, E], centred, of norm one."""
-    tokens = inputs.flatten(0, 1)
-    tokens = tokens[:: -(-len(tokens) // _COMPARED_TOKENS)].double()
-    tokens = tokens - tokens.mean(0)
-    products = tokens @ tokens.mT
-    normed: Tensor = products / products.norm()
-    return normed.float().cpu()
-
-
-def similarity(grams: Sequence[Tensor]) -> list[list[float]]:
-    """Linear centred kernel alignment of each two layers, 0 to 1.
-
-    Source: Kornblith et al., arXiv:1905.00414, equation 1.
-
-    Args:
-        grams: ``token_gram`` of every layer, of the same tokens.
-    """
-    flat = torch.stack([one.flatten() for one in grams]).double()
-    matrix: list[list[float]] = (flat @ flat.mT).clamp(0, 1).tolist()
-    return matrix
-
-
 def refit_projections(
     place: int,
     observed: Sequence[Observed],
@@ -140,6 +123,7 @@ def refit_projections(
     *,
     each: Each,
     seed: int,
+    tick: Tick = no_tick,
 ) -> list[AttentionLayer]:
     """Refit the query projections of a layer, and its key projection if it produces keys.
 
@@ -154,6 +138,7 @@ def refit_projections(
         shared: Keys and values of the producer; None if this layer is the producer.
         each: Calls a function for each KV head, in any order or at the same time.
         seed: Of the fits.
+        tick: Called after each step of a fit, see ``steps_of_fits``; in any thread.
 
     Returns:
         The converted layers with their new projections.
@@ -184,6 +169,7 @@ def refit_projections(
                 observed[at].scores(observed[at].query_order[heads]),
                 _for_heads(observed[at].scoring, observed[at].query_order[heads]),
                 observed[at].share,
+                tick=tick,
             )
             for at in places
         ]
@@ -201,6 +187,12 @@ def refit_projections(
     if produces:
         fitted[place] = _with_rows(fitted[place], "k", key_rows)
     return fitted
+
+
+def steps_of_fits(place: int, unit: int, kv_heads: int) -> int:
+    """How often ``refit_projections`` calls ``tick`` for a layer of a unit of so many layers."""
+    fits = 1 if place else 2 * unit + 1  # maps and queries of all, and keys
+    return fits * kv_heads * STEPS
 
 
 def refit_outcome(

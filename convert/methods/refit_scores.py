@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convert.methods.attention import Scoring, rotate, weights
 from convert.methods.halves import gram
-from convert.methods.least_squares import RIDGE, solve, total
+from convert.methods.least_squares import RIDGE, Tick, no_tick, solve, total
 from convert.methods.spectral import lower_root
 
 __all__ = [
@@ -68,6 +68,7 @@ class Reader:
         scoring: How scores become weights.
         share: How much its errors count beside those of other readers.
         asked: [g, N * T, D] queries before rotation, which ``rows`` give; None to compute them.
+        tick: Called after each step of a fit.
     """
 
     basis: Basis
@@ -76,6 +77,7 @@ class Reader:
     scoring: Scoring
     share: float = 1.0
     asked: Tensor | None = None
+    tick: Tick = no_tick
 
     def projected(self) -> Tensor:
         """[g, N * T, D] queries before rotation."""
@@ -218,7 +220,8 @@ class Ruler:
 
         missing = pull(lambda n: self.measure(n, self.reader.target[n] - scores(asked, n)))
         moment = gram(pull(self.noise))
-        return solve(inputs, metric, missing, moment, ridge=RIDGE, steps=STEPS)
+        tick = self.reader.tick
+        return solve(inputs, metric, missing, moment, ridge=RIDGE, steps=STEPS, tick=tick)
 
     def fit_still_keys(self, turning: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
         """Refit the map [Dn, R] that gives the dims of a key without rotation; queries stand.
@@ -267,7 +270,8 @@ def _fit_keys(rulers: Sequence[Ruler], basis: Basis, rows: Tensor, turn: Tensor)
     key = rotate(basis.inputs @ rows.mT, turn)
     missing = pull(lambda ruler, n, q: ruler.measure(n, ruler.reader.target[n] - q @ key[n].mT))
     moment = gram(pull(lambda ruler, n, _: ruler.noise(n)))
-    change = solve(_flat(basis), metric, missing, moment, ridge=RIDGE, steps=STEPS)
+    flat, tick = _flat(basis), rulers[0].reader.tick
+    change = solve(flat, metric, missing, moment, ridge=RIDGE, steps=STEPS, tick=tick)
     return rows + change[0] @ basis.back
 
 

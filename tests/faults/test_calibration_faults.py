@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from convert.checkpoint.reader import Checkpoint
 from tests.families.stock import make
@@ -148,22 +145,6 @@ def test_damaged_result_is_calibrated_again(
     run = cli(arguments)
     assert run.code == 0, run.err
     assert contents(out) == wanted
-
-
-@pytest.mark.parametrize("flags", [["cla", "--share", "2", "--layers", "auto"], ["mla"]])
-def test_weights_that_are_not_numbers_are_named_before_layers_are_chosen(
-    source: Path, tmp_path: Path, flags: list[str]
-) -> None:
-    folder = shutil.copytree(source, tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    method, *rest = flags
-    rest = [*rest, "--merge", "svd"] if method == "cla" else ["--kv-budget", "50%"]
-    run = cli([method, str(folder), str(tmp_path / "out"), *rest])
-    assert run.code == 3, run.err
-    assert "model.layers.1.self_attn.k_proj.weight" in run.err
-    assert names(tmp_path) == ["model"]
 
 
 def test_an_output_that_exists_is_refused_before_weights_are_read(
