@@ -167,7 +167,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     kv_heads = integer("num_key_value_heads", heads) if family.gqa else own
     head_dim = integer("head_dim", hidden // heads) if family.gqa else hidden // heads
     layers = integer("num_hidden_layers", most=_MOST_LAYERS)
-    _check_blocks(family, heads, hidden)
+    _check_blocks(family, heads, hidden, full.get("head_dim"))
     if heads % kv_heads:
         raise InputModelError(
             f"config.json: num_key_value_heads {kv_heads} does not divide "
@@ -308,10 +308,15 @@ def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def _check_blocks(family: Family, heads: int, hidden: int) -> None:
-    """Heads share the hidden width where no head_dim is given, and blocks share the heads."""
+def _check_blocks(family: Family, heads: int, hidden: int, head_dim: int | None) -> None:
+    """Heads share the hidden width where a class reads no head_dim, and blocks share the heads."""
     if not family.gqa and hidden % heads:
         raise InputModelError(f"config.json: {heads} heads do not divide the hidden size {hidden}")
+    if not family.gqa and head_dim not in {None, hidden // heads}:
+        raise InputModelError(
+            f"config.json: head_dim is {head_dim}, but heads of a {family.model_type} model are "
+            f"{hidden // heads} wide: hidden size {hidden}, {heads} heads"
+        )
     for projection in family.projections:
         if isinstance(projection.blocks, int) and heads % projection.blocks:
             raise InputModelError(

@@ -116,6 +116,8 @@ def _check_table(path: str, table: Mapping[str, Any], family: Family) -> None:
 
 def _kinds(family: Family) -> Mapping[str, str]:
     """Kinds of RoPE that a class knows, and the kind that each of them is."""
+    if family.positions != "rope" or family.rotary_dim is not None:  # these read no table
+        return {"default": "default"}
     return family.rope_kinds or {kind: kind for kind in _NEEDED}
 
 
@@ -127,6 +129,11 @@ def _check_types(
         raise InputModelError(
             f"config.json: layer_types must list {layers} layers, each {_FULL} or {_SLIDING}, "
             f"found {types!r:.200}"
+        )
+    switch = family.windows.switch
+    if _SLIDING in types and switch is not None and not config.get(switch):
+        raise InputModelError(
+            f"config.json: layer_types has {_SLIDING}, but {switch} is {config.get(switch)!r}"
         )
     ruled = family.windows.rule in {"never", "all", "local"}
     own = list(_layer_types({**config, "layer_types": None}, family, layers))
@@ -180,13 +187,14 @@ def layer_windows(
 def _tables(config: Mapping[str, Any], family: Family) -> Mapping[str, Mapping[str, Any]]:
     """RoPE parameters of each kind of layer."""
     scaling, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if family.rotary_dim is not None:  # such classes compute their own frequencies
+    if family.rotary_dim is not None:
         return {_FULL: {}, _SLIDING: {}}
     if family.local_theta is None:
         return dict.fromkeys((_FULL, _SLIDING), scaling or parameters)
-    # a scaling that is not given for each layer type is for full attention
-    full = {**(parameters.get(_FULL) or {}), **scaling}
-    return {_FULL: full, _SLIDING: parameters.get(_SLIDING) or {}}
+    # a scaling that is not given for each layer type is for full attention; such classes put it
+    # over a table that has a rope_type already
+    own = (parameters.get(_FULL) or {}) if parameters else {"rope_type": "default"}
+    return {_FULL: {**own, **scaling}, _SLIDING: parameters.get(_SLIDING) or {}}
 
 
 def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, nope: bool) -> Rope:
@@ -197,8 +205,7 @@ def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, n
     named = parameters.get("rope_type") or parameters.get("type") or "default"
     scaling = _kinds(family)[named]
     dim = _rotating(config, family, head_dim, parameters)
-    if scaling == "longrope":
-        _check_lengths(parameters, dim // 2)
+    _check_lengths(parameters, dim // 2)
     return Rope(
         dim=0 if nope else dim,
         interleaved=family.interleaved,
@@ -208,7 +215,7 @@ def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, n
 
 
 def _check_lengths(parameters: Mapping[str, Any], planes: int) -> None:
-    for key in ("short_factor", "long_factor"):
+    for key in {"short_factor", "long_factor"} & parameters.keys():
         if len(parameters[key]) != planes:
             raise InputModelError(
                 f"config.json: {key} of the RoPE parameters must have {planes} numbers, one for "
@@ -270,7 +277,9 @@ def _slides(config: Mapping[str, Any], family: Family, layer: int, nope: frozens
     rule = family.windows
     if rule.switch is not None and not config.get(rule.switch):
         return False
-    limit = config.get("max_window_layers", layer + 1)
+    limit = layer + 1
+    if "max_window_layers" in family.defaults:  # other classes do not read it
+        limit = config["max_window_layers"]
     every = (rule.key and config.get(rule.key)) or rule.every or 1
     given = config.get("sliding_window") is not None
     return {

@@ -142,6 +142,7 @@ _ROWS = (
     Family(
         model_type="olmo3",
         architecture="Olmo3ForCausalLM",
+        keys={"rope_local_base_freq": ()},
         theta=500000.0,
         local_theta=500000.0,
         qk_norm=_FULL_RMS,

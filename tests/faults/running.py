@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "disk_calls",
     "gqa",
     "names",
+    "peak_memory",
     "run_child",
 ]
 
@@ -260,6 +262,29 @@ class DiskFull:
         count = self._write(descriptor, data[: self._room])
         self._room -= count
         return count
+
+
+# The high-water mark of this very process: ru_maxrss would also count the process it was forked
+# from.
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from convert.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def peak_memory(arguments: list[str]) -> int:
+    """Most memory that the command had resident, in bytes."""
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return 1024 * int(run.stdout.split()[-1])
 
 
 def contents(folder: Path) -> dict[str, bytes | str | None]:

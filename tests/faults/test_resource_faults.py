@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import resources
-from tests.faults.running import DiskFull, SignalAfterShard, cli, contents, gqa, names, run_child
+from tests.faults.running import (
+    DiskFull,
+    SignalAfterShard,
+    cli,
+    contents,
+    gqa,
+    names,
+    peak_memory,
+    run_child,
+)
 from tests.faults.small_llama import HEADS, write_llama
 from tests.helpers import assert_equal, load_folder
 
@@ -199,29 +206,6 @@ def test_file_cache_of_a_container_is_not_in_use(
     assert resources.available_ram() == 7_100_000_000
 
 
-# The high-water mark of this very process: ru_maxrss would also count the process it was forked
-# from.
-_MEASURED = """
-import re, sys
-from pathlib import Path
-from convert.cli import app
-app(sys.argv[1:], standalone_mode=False)
-print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
-"""
-
-
-def _peak(arguments: list[str]) -> int:
-    """Most memory that the command had resident, in bytes."""
-    run = subprocess.run(
-        [sys.executable, "-c", _MEASURED, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return 1024 * int(run.stdout.split()[-1])
-
-
 @pytest.mark.slow
 def test_peak_memory_keeps_to_the_plan_and_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """A layer more must not cost memory; what one holds is 68 MB, its keys and values 17 MB."""
@@ -232,7 +216,7 @@ def test_peak_memory_keeps_to_the_plan_and_does_not_grow_with_the_model(tmp_path
         )
         arguments = ["gqa", str(source), str(tmp_path / f"out-{layers}"), "--kv-heads", "2"]
         plan = cli([*arguments, "--dry-run", "--json"])
-        runs = [_peak([*arguments, "--overwrite"]) for _ in range(2)]
+        runs = [peak_memory([*arguments, "--overwrite"]) for _ in range(2)]
         assert max(runs) < json.loads(plan.out)["peak_ram"]
         peaks.append(min(runs))
         shutil.rmtree(source)
@@ -251,7 +235,7 @@ def test_peak_memory_keeps_to_the_plan_of_every_way(tmp_path: Path, flags: list[
     source = write_llama(tmp_path / "source", layers=1, hidden=4096, inner=512, vocab=512)
     arguments = ["gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", *flags]
     plan = cli([*arguments, "--dry-run", "--json"])
-    assert _peak(arguments) < json.loads(plan.out)["peak_ram"]
+    assert peak_memory(arguments) < json.loads(plan.out)["peak_ram"]
 
 
 # Range of numbers

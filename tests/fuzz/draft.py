@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class Mutation:
 
 
 def _is_sound(file: Path) -> bool:
+    if not file.is_file():  # to open a pipe would wait forever
+        return False
     try:
         with safe_open(file, framework="pt"):
             return True
@@ -112,7 +115,7 @@ def _is_sound(file: Path) -> bool:
 
 def replaced(path: Path, content: bytes) -> None:
     """Put a new file in the place of one that others may share."""
-    if path.is_dir():
-        path.rmdir()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -242,22 +243,22 @@ def stray_file(draft: Draft, random: Random) -> str:
 
 def tokenizer_file(draft: Draft, random: Random) -> str:
     path = draft.source / random.choice(("tokenizer.json", "tokenizer_config.json"))
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.is_file() else b""
     value = random.choice(
         (
             *(None, b"", content[: len(content) // 2], b"{}", b"[]", b"null", b"5", b"\xff\xfe"),
             *(b'{"version": "1.0"}', b'{"model": {"type": "BPE"}}', b'"text"'),
         )
     )
-    path.unlink(missing_ok=True)
-    if value is not None:
-        path.write_bytes(value)
+    replaced(path, value or b"")
+    if value is None:
+        path.unlink()
     return f"{path.name} {value!r:.60}"
 
 
 def tokenizer_key(draft: Draft, random: Random) -> str:
     path = draft.source / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    config = _object(path)
     key, value = random.choice(
         (
             ("tokenizer_class", "LlamaTokenizer"),
@@ -281,11 +282,24 @@ def tokenizer_key(draft: Draft, random: Random) -> str:
 def tokenizer_vocabulary(draft: Draft, random: Random) -> str:
     """More tokens than the embedding has, or ids far beyond it."""
     path = draft.source / "tokenizer.json"
-    tokenizer = json.loads(path.read_text()) if path.exists() else {"model": {"vocab": {}}}
+    tokenizer = {"model": {"vocab": {}}} | _object(path)
     more = random.choice((("<a>", 97), ("<a>", 10**6), ("!", 10**5), ("<a>", -1), ("<a>", "1")))
-    tokenizer["model"]["vocab"][more[0]] = more[1]
+    tokenizer["model"] = {**tokenizer["model"], "vocab": _vocabulary(tokenizer) | dict([more])}
     replaced(path, json.dumps(tokenizer).encode())
     return repr(more)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What is in a JSON file; nothing if it is damaged already."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = tokenizer["model"].get("vocab", {})
+    return found
 
 
 def side_file(draft: Draft, random: Random) -> str:
@@ -322,7 +336,8 @@ def side_file_is_no_file(draft: Draft, random: Random) -> str:
         )
     )
     path = draft.source / name
-    path.unlink(missing_ok=True)
+    replaced(path, b"")
+    path.unlink()
     instead, make = random.choice(_INSTEAD[1:])
     make(str(path))
     return f"{instead} {name}"

@@ -22,7 +22,7 @@ _CODES = {0, 2, 3, 4, 5, 6, 7}
 # what a run may find in numbers alone, that no header tells
 _NUMBERS = ((3, r"NaN or infini"), (6, r"overflows in "))
 # beyond what a command holds already: tiny models and a few buffers of eight megabytes each
-_MOST_RESIDENT = 200_000_000
+_MOST_RESIDENT = 100_000_000
 _MOST_MAPPED = 3_000_000_000
 
 

@@ -1,15 +1,18 @@
 """Sources, recipes and texts with something wrong: refused in words, or converted soundly.
 
-``FUZZ_SEED=17`` runs that case alone, ``FUZZ=5000`` so many others than usual.
+``FUZZ_SEED=17`` runs that case alone, ``FUZZ=5000`` so many others than usual, from ``FUZZ_FROM``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.faults.running import cli, peak_memory
 from tests.fuzz.bases import BASES, WAYS, Bases
 from tests.fuzz.cases import Case, draw, laid_out
 from tests.fuzz.oracle import Oracle
@@ -19,7 +22,8 @@ def _seeds() -> range:
     if one := os.environ.get("FUZZ_SEED"):
         return range(int(one), int(one) + 1)
     if many := os.environ.get("FUZZ"):
-        return range(1_000_000, 1_000_000 + int(many))
+        first = int(os.environ.get("FUZZ_FROM", "1_000_000"))
+        return range(first, first + int(many))
     return range(500)
 
 
@@ -56,3 +60,16 @@ def test_sound_case(
     monkeypatch.chdir(tmp_path)
     oracle = Oracle(draft, tmp_path, lambda: capfd.readouterr().out)
     assert oracle.check() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["gqa svd", "mla budget"])
+def test_peak_memory_keeps_to_the_plan(way: str, bases: Bases, tmp_path: Path) -> None:
+    """In a process of its own, with all that it imports; pooling is measured on larger models."""
+    draft, _ = laid_out(Case(0, "llama", way, (), False), bases, tmp_path)
+    paths = {key: str(tmp_path / draft.recipe[key]) for key in ("source", "output")}
+    text = {"calibration": str(draft.text)} if "calibration" in draft.recipe else {}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**draft.recipe, **paths, **text}))
+    plan = cli(["run", str(recipe), "--dry-run", "--json"])
+    assert peak_memory(["run", str(recipe)]) < json.loads(plan.out)["peak_ram"]
