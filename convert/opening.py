@@ -270,7 +270,7 @@ def _leave_out(
 
 
 def _unread(names: Collection[str], facts: ModelFacts) -> str:
-    shown = ", ".join(repr(name) for name in list(names)[:_SHOWN])
+    shown = ", ".join(f"{name!r:.100}" for name in list(names)[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     places = [layer_and_rest(name, facts.family) for name in names]
     biases = any(place is not None and place[1].endswith(".bias") for place in places)

@@ -217,10 +217,12 @@ def test_nonfinite_key_or_value_is_never_pooled(
 
 
 def test_nonfinite_value_late_in_a_large_tensor(tmp_path: Path) -> None:
-    late = torch.zeros(5 << 20)  # 20 MiB: three chunks of the copy
-    late[-2] = float("inf")
-    model = write_model(tmp_path / "model", {"late": late})
-    assert_refused(model, "'late' holds 1 values", f"first at [{len(late) - 2}]")
+    rows = (5 << 20) // 8  # 20 MiB: three chunks of the copy
+    late = torch.zeros(rows, 8)
+    late[-1, 6] = float("inf")
+    tables = {"model.embed_tokens.weight": late, "lm_head.weight": torch.zeros(rows, 8)}
+    model = write_model(tmp_path / "model", tables, vocab_size=rows)
+    assert_refused(model, "'model.embed_tokens.weight' holds 1 values", f"first at [{rows - 1}, 6]")
 
 
 def test_allow_nonfinite_copies_untouched_tensors(tmp_path: Path) -> None:
@@ -264,34 +266,30 @@ def test_degenerate_keys_have_a_defined_result(
     ],
     ids=["control", "newline", "bidi", "markup", "path"],
 )
-def test_hostile_tensor_name_is_shown_harmless_in_an_error(
-    tmp_path: Path, name: str, shown: str
-) -> None:
-    model = write_model(tmp_path / "model", {name: torch.full((1,), float("nan"))})
-    assert_refused(model, f"'{shown}' holds 1 values")
+def test_hostile_tensor_name_is_shown_harmless(tmp_path: Path, name: str, shown: str) -> None:
+    model = write_model(tmp_path / "model", {name: torch.ones(1)})
+    for arguments in (["--dry-run"], []):
+        run = run_gqa(model, tmp_path / "out", *arguments)
+        assert run.code == 0, run.err
+        assert f"does not read '{shown}': left out" in run.err
+        assert not set(run.err + run.out) & set("\x1b\x07\u202e")
+        assert "\nerror" not in run.err
+    assert name not in load_file(tmp_path / "out" / WEIGHTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_long_tensor_name_does_not_flood_the_terminal(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", {"n" * 10_000: torch.full((1,), float("nan"))})
-    assert len(assert_refused(model, "nnnn", WEIGHTS)) < 5000
+    model = write_model(tmp_path / "model", {"n" * 10_000: torch.ones(1)})
+    run = run_gqa(model, tmp_path / "out", "--dry-run")
+    assert run.code == 0
+    assert "does not read 'nnnn" in run.err
+    assert len(run.err + run.out) < 5000
 
 
 def test_newline_in_a_name_forges_no_line_of_the_table(tmp_path: Path) -> None:
     name = "model.layers.2.x\nerror: forged"
     model = write_model(tmp_path / "model", {name: torch.ones(1)})
     assert "\nerror: forged" not in assert_refused(model, "no layer 2", "forged", lines=3)
-
-
-@pytest.mark.parametrize("name", ["\x1b[31mred", "[bold]rich[/nope]", "../up", "n" * 10_000])
-def test_hostile_tensor_name_is_converted_and_shown_harmless(tmp_path: Path, name: str) -> None:
-    model = write_model(tmp_path / "model", {name: torch.ones(1)})
-    plan = run_gqa(model, tmp_path / "out", "--dry-run")
-    assert plan.code == 0, plan.err
-    assert "\x1b" not in plan.out + plan.err
-    assert name.replace("\x1b", "\\x1b")[:60] in plan.out
-    assert run_gqa(model, tmp_path / "out").code == 0
-    assert name in load_file(tmp_path / "out" / WEIGHTS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_name_that_is_no_unicode_is_refused(model: Path) -> None:
