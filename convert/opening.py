@@ -17,6 +17,7 @@ import torch
 
 from convert.adapters import AdapterChoice, chosen_adapter, merged
 from convert.checkpoint.reader import Checkpoint
+from convert.checkpoint.safetensors_header import TensorInfo
 from convert.checkpoint.sidecars import tokenizer_folder
 from convert.config_keys import refuse_settings
 from convert.facts import (
@@ -55,7 +56,8 @@ class OpenModel:
             its config says whether the embeddings are one.
         facts: Its attention. For models with latents, everything but that.
         latents: Its latents, if it has any.
-        left_out: Names on disk of tensors that its class does not read, other than old buffers.
+        buffers: Masks and tables that are stored and left out.
+        left_out: Other tensors that its class does not read.
         renamed: Whether transformers itself would miss tensors, by the names that they have.
         imported: Whether transformers was asked for the tensors of its class.
         merged: Whether an adapter is merged into what is read.
@@ -65,7 +67,8 @@ class OpenModel:
     checkpoint: Checkpoint
     facts: ModelFacts
     latents: LatentSource | None
-    left_out: tuple[str, ...]
+    buffers: tuple[TensorInfo, ...]
+    left_out: tuple[TensorInfo, ...]
     renamed: bool
     imported: bool
     merged: bool
@@ -109,7 +112,7 @@ def open_model(
         family = facts.family
         refuse_foreign_names(stored.tensors, family.heads)
         warnings = list(stored.warnings)
-        renamed = _named(stored, facts, warnings)
+        renamed, buffers = _named(stored, facts, warnings)
         checkpoint = stored if found is None else merged(stored, found, family)
         tied = _tied(checkpoint, facts, headers_alone=base.sizes is not None, warnings=warnings)
         if tied != facts.tied:  # which only ever becomes false
@@ -129,6 +132,7 @@ def open_model(
             checkpoint=checkpoint,
             facts=facts,
             latents=held,
+            buffers=buffers,
             left_out=left_out,
             renamed=renamed,
             imported=stock.imported or held is not None,
@@ -162,11 +166,13 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
     return with_stored_dtype(read_facts(checkpoint.config), dtypes)
 
 
-def _named(checkpoint: Checkpoint, facts: ModelFacts, warnings: list[str]) -> bool:
+def _named(
+    checkpoint: Checkpoint, facts: ModelFacts, warnings: list[str]
+) -> tuple[bool, tuple[TensorInfo, ...]]:
     """Give tensors the names of the family table, and leave old buffers out.
 
     Returns:
-        Whether transformers would not find all of them by the names on disk.
+        Whether transformers would not find all of them by the names on disk, and the buffers.
     """
     family = facts.family
     names = canonical_names(checkpoint.tensors, family)
@@ -183,8 +189,10 @@ def _named(checkpoint: Checkpoint, facts: ModelFacts, warnings: list[str]) -> bo
         names = {
             old: family.embedding if own in family.heads else own for old, own in names.items()
         }
-    checkpoint.rename({old: own for old, own in names.items() if not is_buffer(own, family)})
-    return bool(foreign)
+    buffers = {old for old, own in names.items() if is_buffer(own, family)}
+    infos = tuple(checkpoint.tensors[name] for name in names if name in buffers)
+    checkpoint.rename({old: own for old, own in names.items() if old not in buffers})
+    return bool(foreign), infos
 
 
 def _refuse_integers(checkpoint: Checkpoint, stock: StockTensors) -> None:
@@ -255,14 +263,10 @@ def _refuse_missing(
 
 def _leave_out(
     checkpoint: Checkpoint, stock: StockTensors, facts: ModelFacts, warnings: list[str]
-) -> tuple[str, ...]:
-    """Leave out what the class does not read.
-
-    Returns:
-        Names on disk.
-    """
+) -> tuple[TensorInfo, ...]:
+    """Leave out what the class does not read, and give it back."""
     read = stock.shapes.keys() | stock.buffers.keys()
-    others = {name: info.name for name, info in checkpoint.tensors.items() if name not in read}
+    others = {name: info for name, info in checkpoint.tensors.items() if name not in read}
     if others:
         checkpoint.rename({name: name for name in checkpoint.tensors if name not in others})
         warnings.append(_unread(others, facts))

@@ -70,6 +70,7 @@ class Plan:
         sources: For each layer the one whose keys and values it reads.
         before: KV cache of the source.
         after: KV cache of the result.
+        left_out: Source tensors that are no part of the model.
         source_bytes: Bytes of all source tensors.
         peak_ram: Most resident memory the run takes, in bytes.
         plan_id: Hash of all that determines the result.
@@ -82,6 +83,7 @@ class Plan:
     sources: tuple[int, ...]
     before: KVCache
     after: KVCache
+    left_out: tuple[TensorInfo, ...]
     source_bytes: int
     peak_ram: int
     plan_id: str
@@ -97,14 +99,14 @@ class Plan:
         return sum(prod(spec.shape) for shard in self.shards for spec in shard.tensors)
 
     def fates(self, tensors: Mapping[str, TensorInfo]) -> list[Fate]:
-        """Fate of every source tensor, in file order."""
+        """Fate of every source tensor, in file order; at last of those that are left out."""
         fates = []
         for shard in self.shards:
             for step in shard.steps:
                 written = {spec.name: spec for spec in step.outputs}
                 for name in step.inputs:
                     fates.append(_fate(tensors[name], written.get(name), step))
-        return fates
+        return fates + [Fate(info.name, "drop", info.shape, None) for info in self.left_out]
 
 
 def make_plan(
@@ -116,6 +118,7 @@ def make_plan(
     max_shard_bytes: int,
     windows: tuple[int, int] | None,
     identity: Mapping[str, Any],
+    left_out: Sequence[TensorInfo],
     imported: bool,
 ) -> Plan:
     """Plan a conversion.
@@ -128,6 +131,7 @@ def make_plan(
         max_shard_bytes: Largest weight file, unless a single step needs more.
         windows: Number and tokens of the calibration windows; None if nothing is calibrated.
         identity: What determines the result beside the source, for the plan's identity.
+        left_out: Source tensors that are no part of the model.
         imported: Whether transformers is in memory whatever the conversion does.
 
     Raises:
@@ -155,7 +159,8 @@ def make_plan(
         sources=sources,
         before=scheme.before or facts.cache(),
         after=scheme.cache,
-        source_bytes=sum(info.nbytes for info in tensors.values()),
+        left_out=tuple(left_out),
+        source_bytes=sum(info.nbytes for info in (*tensors.values(), *left_out)),
         peak_ram=working + merging + (_TRANSFORMERS_RAM if loads_transformers else RUNTIME_RAM),
         plan_id=_identity(checkpoint, identity),
     )

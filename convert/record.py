@@ -11,7 +11,7 @@ from convert.hub import Source
 from convert.texts import Windows
 
 if TYPE_CHECKING:
-    from convert.pipeline import Prepared
+    from convert.preparing import Prepared
 
 __all__ = ["manifest_of"]
 

@@ -116,9 +116,8 @@ def _hashes(folder: Path) -> str:
 def _shapes(folder: Path) -> str:
     with open_model(Source(folder, folder.name), adapter="ignore", latents=True) as model:
         if model.left_out:
-            raise VerificationError(
-                f"the class does not read {', '.join(map(repr, model.left_out[:5]))}"
-            )
+            unread = ", ".join(repr(info.name) for info in model.left_out[:5])
+            raise VerificationError(f"the class does not read {unread}")
         held = f"{model.facts.geometry.kv_heads} KV heads" if model.latents is None else "latents"
         return f"{len(model.checkpoint.tensors)} tensors, {held}"
 

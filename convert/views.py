@@ -11,7 +11,7 @@ from convert.checkpoint.adapted import AdaptedCheckpoint
 from convert.checkpoint.adapter_config import ADAPTER_CONFIG
 from convert.console import Console
 from convert.inspection import CacheRow
-from convert.pipeline import Prepared
+from convert.preparing import Prepared
 from convert.recipe import MlaRecipe
 from convert.tables import retrieval_heading, retrieval_tables, task_table
 from convert.targets.serving import server_notes

@@ -13,7 +13,7 @@ import torch
 
 from convert.checkpoint.manifest import read_manifest
 from convert.loading import load_model
-from convert.pipeline import prepare
+from convert.preparing import prepare
 from convert.recipe import make_recipe
 from tests.adapted import EVERY, as_peft, save_merged, set_base, write_adapter, write_base
 from tests.families.stock import full_logits, random_ids

@@ -137,7 +137,7 @@ def test_unexpected_errors_exit_with_1_and_ask_for_a_report(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr("convert.pipeline.make_plan", broken)
+    monkeypatch.setattr("convert.preparing.make_plan", broken)
     result = run("mqa", demo_model, tmp_path / "out")
     assert result.exit_code == 1
     assert "bug in kvpatch: ZeroDivisionError: planted" in result.stderr

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from convert.checkpoint.manifest import read_manifest
-from convert.pipeline import convert, obstacles, prepare
+from convert.pipeline import convert, obstacles
+from convert.preparing import prepare
 from convert.recipe import make_recipe
 from convert.verify import cache_bytes, verify_checkpoint
 from kvpatch.errors import UsageError

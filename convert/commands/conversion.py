@@ -352,8 +352,9 @@ def _convert(recipe: Recipe, dry_run: bool, console: Console) -> None:
 
 def _show_plan(recipe: Recipe, console: Console) -> None:
     from convert import pipeline, views  # noqa: PLC0415
+    from convert.preparing import prepare  # noqa: PLC0415
 
-    with pipeline.prepare(recipe) as prepared:
+    with prepare(recipe) as prepared:
         for warning in prepared.warnings + pipeline.obstacles(prepared):
             console.warn(warning)
         data = views.plan_data(prepared)

@@ -91,8 +91,8 @@ def _signalled(child: Child, began: Path, numbers: list[signal.Signals]) -> tupl
 _CALIBRATED = ["--merge", "svd", "--calibration", "{text}", "--samples", "2", "--context", "16"]
 # a function, and a command that calls it
 _PLACES = {
-    "convert.pipeline.make_plan": ["gqa", "{source}", "{out}", "--kv-heads", "2"],
-    "convert.pipeline.choose_plan": ["cla", "{source}", "{out}", "--share", "2", "--layers=auto"],
+    "convert.preparing.make_plan": ["gqa", "{source}", "{out}", "--kv-heads", "2"],
+    "convert.preparing.choose_plan": ["cla", "{source}", "{out}", "--share", "2", "--layers=auto"],
     "convert.survey.joint": ["mla", "{source}", "{out}", "--kv-budget", "50%"],
     "convert.texts.load_tokenizer": ["mqa", "{source}", "{out}", *_CALIBRATED],
     "convert.calibrate.second_moments": ["mqa", "{source}", "{out}", *_CALIBRATED],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from math import prod
 from pathlib import Path
@@ -35,11 +36,12 @@ def expected_token_bytes(model: PublishedModel, kv_heads: int) -> int:
 
 
 def expected_output_bytes(model: PublishedModel, kv_heads: int) -> int:
-    """The published size, less the rows of k_proj and v_proj that pooling takes away."""
+    """The published size, less buffers, and rows of k_proj and v_proj that pooling takes away."""
     config = model.config
     biased = config["model_type"] == "qwen2"  # the one family here with a bias on k and v
     rows = (config["num_key_value_heads"] - kv_heads) * model.head_dim
     removed = 2 * config["num_hidden_layers"] * rows * (config["hidden_size"] + biased)
+    removed += sum(math.prod(shape) for shape in model.buffers.values())
     return ITEM_BYTES[model.dtype] * (model.parameters - removed)
 
 
@@ -92,7 +94,8 @@ def test_dry_run_gives_the_right_numbers(path: Path, hollow: Hollow) -> None:
     assert plan["class"] == model.config["architectures"][0]
     assert plan["kv_heads"] == [before, after]
     assert plan["kv_bytes_per_token"] == [expected_token_bytes(model, n) for n in (before, after)]
-    assert plan["bytes"] == [expected_output_bytes(model, n) for n in (before, after)]
+    published = ITEM_BYTES[model.dtype] * model.parameters
+    assert plan["bytes"] == [published, expected_output_bytes(model, after)]
     assert sum(plan["files"].values()) == expected_output_bytes(model, after)
 
 
@@ -104,6 +107,9 @@ def test_dry_run_changes_keys_and_values_only(path: Path, hollow: Hollow) -> Non
     shapes = model.shapes()
     assert set(fates) == set(shapes)
     for name, (rows, *rest) in shapes.items():
+        if name in model.buffers:  # which the class computes
+            assert (fates[name]["action"], fates[name]["after"]) == ("drop", None)
+            continue
         pooled = re.search(r"\.self_attn\.[kv]_proj\.", name) is not None
         assert fates[name]["action"] == ("convert" if pooled else "copy"), name
         assert fates[name]["before"] == [rows, *rest], name
