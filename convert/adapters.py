@@ -92,7 +92,7 @@ def chosen_adapter(
         if choice == "ignore":
             raise UsageError(
                 f"{source.name} is an adapter without weights; without it, nothing is left",
-                hint=f"Name its base instead: {source.base.name}",
+                hint=f"Name its base instead: {source.base.repository or source.base.path}",
             )
         if (source.base.path / ADAPTER_CONFIG).exists():
             raise UsageError(

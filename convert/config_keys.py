@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import read_json
+from convert.families import FAMILIES
 from kvpatch.errors import InputModelError
+from kvpatch.models import PREFIX
 
 __all__ = [
     "SETTINGS",
@@ -47,6 +49,7 @@ class Setting:
         run: Their fate where kvpatch runs the model; a value replaces that of the class, too.
         why: The reason for both.
         empty: Holds only where the value is null or empty.
+        windowless: Holds only for families whose attention never has a window.
     """
 
     keys: tuple[str, ...]
@@ -54,6 +57,7 @@ class Setting:
     run: Fate
     why: str
     empty: bool = False
+    windowless: bool = False
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -199,6 +203,13 @@ SETTINGS: tuple[Setting, ...] = (
         empty=True,
     ),
     Setting(
+        keys=("attention_chunk_size", "sliding_window"),
+        result="dropped",
+        run="dropped",
+        why="the class sees all tokens, but its cache would drop those that a window has passed",
+        windowless=True,
+    ),
+    Setting(
         keys=("num_nextn_predict_layers",),
         result="dropped",
         run="kept",
@@ -255,7 +266,7 @@ def refuse_settings(config: Mapping[str, Any]) -> None:
 
 def result_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json as a result takes it over: every key with the fate that it has in results."""
-    fates = {key: (value, _fate(key, value, "result")) for key, value in config.items()}
+    fates = {key: (value, _fate(key, config, "result")) for key, value in config.items()}
     return {
         key: fate.value if isinstance(fate, To) else value
         for key, (value, fate) in fates.items()
@@ -298,15 +309,24 @@ def config_object(config: Mapping[str, Any], model_type: str) -> Any:
         told = {
             key: value
             for key, value in config.items()
-            if key in parts or _fate(key, value, "run") != "dropped"
+            if key in parts or _fate(key, config, "run") != "dropped"
         }
         return known.from_dict(copy.deepcopy(told))  # it completes nested objects in place
     except Exception as error:
         raise InputModelError(f"config.json: transformers does not accept it: {error}") from error
 
 
-def _fate(key: str, value: object, column: Literal["result", "run"]) -> Fate:
+def _fate(key: str, config: Mapping[str, Any], column: Literal["result", "run"]) -> Fate:
     setting = _OF.get(key)
-    if setting is None or (setting.empty and value):
+    if (
+        setting is None
+        or (setting.empty and config[key])
+        or (setting.windowless and not _windowless(config))
+    ):
         return "kept"
     return setting.result if column == "result" else setting.run
+
+
+def _windowless(config: Mapping[str, Any]) -> bool:
+    name = str(config.get("model_type")).removeprefix(PREFIX)
+    return name in FAMILIES and FAMILIES[name].windows.rule == "never"

@@ -22,6 +22,7 @@ from kvpatch.models import PREFIX
 __all__ = [
     "PREDICTING",
     "ModelFacts",
+    "Problem",
     "check_shapes",
     "contradiction",
     "has_latents",
@@ -273,9 +274,9 @@ def contradiction(problems: Sequence[Problem]) -> InputModelError:
     more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
     return InputModelError(
         "config.json contradicts the tensors:\n" + "\n".join(lines) + more,
-        hint="Compare the sizes in config.json (heads, head_dim, layers, vocab_size, "
-        "intermediate_size, tie_word_embeddings) with those of the model, or download the "
-        "checkpoint again.",
+        hint="Compare the sizes in config.json (heads, head_dim, layers, experts, "
+        "vocab_size, intermediate_size, tie_word_embeddings) with those of the model, or download "
+        "the checkpoint again.",
     )
 
 
@@ -299,7 +300,7 @@ def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
     """Refuse keys with which kvpatch or transformers would take a model for another."""
-    foreign = ("kv_lora_rank", "kv_source_layers", "text_config")
+    foreign = ("kv_lora_rank", "kv_source_layers")
     keys = [key for key in foreign if config.get(key) is not None]
     if keys and not family.model_type.startswith(PREFIX):
         raise InputModelError(

@@ -24,6 +24,7 @@ from convert.resources import check_ram
 from convert.tokenizer_files import has_vocabulary, refusal
 from kvpatch.errors import (
     InputModelError,
+    KvpatchError,
     UnsupportedModelError,
     UsageError,
     VerificationError,
@@ -190,8 +191,12 @@ def _loaded(
             origin = gathered_files(fetch_source(str(folder)).folders).get(_GENERATION)
             if origin is not None:
                 model.generation_config = GenerationConfig.from_pretrained(origin)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise VerificationError(f"{folder} does not load in transformers: {error}") from error
+    except (KvpatchError, MemoryError):
+        raise
+    except Exception as error:  # what is wrong with a model can make it raise any
+        raise VerificationError(
+            f"{folder} does not load in transformers: {type(error).__name__}: {error}"
+        ) from error
     wrong = {
         key: sorted(map(str, value))
         for key, value in report.items()

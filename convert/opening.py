@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from convert.checkpoint.sidecars import tokenizer_folder
 from convert.config_keys import refuse_settings
 from convert.facts import (
     ModelFacts,
+    Problem,
     check_shapes,
     contradiction,
     has_latents,
@@ -45,6 +47,7 @@ __all__ = ["OpenModel", "open_model", "refuse_latents"]
 _WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TIED = "tie_word_embeddings"
 _SHOWN = 3
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,7 @@ def open_model(
         held = _latents(stored, wanted=latents)
         facts = _facts(stored) if held is None else held.facts
         family = facts.family
-        refuse_foreign_names(stored.tensors, family.heads)
+        refuse_foreign_names(stored.tensors, family.heads, tied=facts.tied)
         warnings = list(stored.warnings)
         renamed, buffers = _named(stored, facts, warnings)
         checkpoint = stored if found is None else merged(stored, found, family)
@@ -252,10 +255,16 @@ def _refuse_missing(
 ) -> None:
     """Refuse a checkpoint that lacks what its class has, or has it in another shape."""
     unneeded = set(facts.family.heads) if facts.tied else set()
-    problems = [
+    problems: list[Problem] = [
         (name, shape, shapes.get(name))
         for name, shape in stock.shapes.items()
         if shapes.get(name, shape if name in unneeded else None) != shape
+    ]
+    # transformers stacks all experts that are stored, which no class then takes
+    problems += [
+        (name, "no such expert", shape)
+        for name, shape in shapes.items()
+        if name not in stock.shapes and _EXPERT.sub(".experts.0.", name) in stock.shapes
     ]
     if problems:
         raise contradiction(problems)

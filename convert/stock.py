@@ -29,6 +29,7 @@ _PLAIN: Mapping[str, Mapping[str, str]] = {
     "qwen3": {"q_norm.weight": "d", "k_norm.weight": "d"},
 }
 _SWITCHES = ("attention_bias", "mlp_bias")  # with which these classes have more
+_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"})
 # stacked experts of a class -> the parts that are stored of each of them, by model_type
 _EXPERTS = re.compile(r"(.*)mlp\.experts\.(gate_up_proj|down_proj)")
 _STORED_EXPERTS = "{prefix}mlp.experts.{expert}.{part}_proj.weight"
@@ -92,6 +93,9 @@ def _plain(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Shape] | N
         or any(config.get(switch) for switch in _SWITCHES)
         or type(inner) is not int
         or type(vocabulary) is not int
+        # other values the class refuses, or knows
+        or config.get("hidden_act", "silu") not in _ACTIVATIONS
+        or not -vocabulary <= (config.get("pad_token_id") or 0) < vocabulary
     ):
         return None
     g, family = facts.geometry, facts.family
@@ -130,7 +134,8 @@ def _of_class(config_text: str) -> tuple[Mapping[str, Shape], Mapping[str, Shape
             model = AutoModelForCausalLM.from_config(own, attn_implementation="eager")
     except Exception as error:
         raise InputModelError(
-            f"config.json: transformers does not build a model of it: {error}"
+            "config.json: transformers does not build a model of it: "
+            f"{type(error).__name__}: {error}"
         ) from error
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     stored = model.state_dict()

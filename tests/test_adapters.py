@@ -238,6 +238,7 @@ def test_side_files_of_the_adapter_go_first(place: Path, tmp_path: Path) -> None
         (None, "names no base: base_model_name_or_path is None"),
         ("/nowhere/llama", "its base '/nowhere/llama' is neither a folder here nor a repository"),
         ("../llama-beside", "is one of llama-beside, which is or has an adapter itself"),
+        (".", "which is or has an adapter itself"),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from convert.opening import open_model
 from convert.stock import stock_tensors
 from kvpatch.errors import InputModelError
 from tests.families.stock import make, random_ids
+from tests.families.texts import write_tokenizer
 from tests.families.tiny import MODELS, settings
 from tests.faults.running import Run, cli
 from tests.helpers import assert_equal
@@ -101,6 +102,10 @@ _WRAPPED: Mapping[str, Change] = {
     "vision, old": _prefixed("language_model."),
     "vision, new": _inside("model.", "model.language_model."),
     "peft": _prefixed("base_model.model."),
+    "FSDP": _prefixed("_fsdp_wrapped_module."),
+    "FSDP inside": _inside("layers.", "layers._fsdp_wrapped_module."),
+    "checkpointed": _inside("layers.1.", "layers.1._checkpoint_wrapped_module."),
+    "Fabric": _prefixed("_forward_module.module."),
     "adapter removed": _inside("q_proj.weight", "q_proj.base_layer.weight"),
     "base alone": _inside("model.", ""),
     "base in a wrapper": _inside("model.", "language_model."),
@@ -140,6 +145,14 @@ _FOREIGN: Mapping[str, tuple[Change, str]] = {
     "int8": (
         lambda own: own | {_Q + "weight": own[_Q + "weight"].to(torch.int8)},
         "has dtype torch.int8",
+    ),
+    "HQQ": (lambda own: {**own, _Q + "W_q": torch.ones(2, 2, dtype=torch.uint8)}, "HQQ"),
+    "value": (
+        lambda own: {
+            **{n: t for n, t in own.items() if n != "lm_head.weight"},
+            "v_head.summary.weight": torch.ones(1, 48),
+        },
+        "this is a reward or value model: it has 'v_head.summary.weight' and no output embedding",
     ),
     "LoRA": (
         lambda own: {**own, _Q + "lora_A.default.weight": torch.ones(2, 48)},
@@ -302,6 +315,44 @@ def test_contradictions_have_one_verdict(
     assert row in caught.value.message
 
 
+@pytest.mark.parametrize("command", ["inspect", "gqa", "eval"])
+@pytest.mark.parametrize(
+    ("name", "change", "keys", "what"),
+    [
+        (
+            "mixtral",
+            lambda own: own | {n.replace("experts.2.", "experts.3."): t for n, t in own.items()},
+            {},
+            "experts.3.w1.weight: config says no such expert, file has (40, 48)",
+        ),
+        ("mixtral", None, {"num_experts_per_tok": 4}, "num_experts_per_tok is 4, of 3 experts"),
+        ("llama", None, {"pad_token_id": 97}, "Padding_idx must be within num_embeddings"),
+        ("llama", None, {"hidden_act": "sillu"}, "does not build a model of it: KeyError: 'sillu'"),
+    ],
+    ids=["one expert more", "experts per token", "padding", "activation"],
+)
+def test_what_transformers_does_not_load_or_run_is_refused(
+    name: str, change: Change | None, keys: dict[str, Any], what: str, command: str, tmp_path: Path
+) -> None:
+    source = _saved(tmp_path / "model", name, change, **keys)
+    write_tokenizer(source)
+    (tmp_path / "text.txt").write_text("words" * 100)
+    run = (
+        _converted(source, tmp_path / "out", command)
+        if command in METHODS
+        else cli(
+            [command, str(source), *(["--text", str(tmp_path / "text.txt")] * (command == "eval"))]
+        )
+    )
+    assert run.code == 3, run.err
+    assert what in run.err
+
+
+def test_other_activations_are_taken(tmp_path: Path) -> None:
+    source = _saved(tmp_path / "model", "llama", hidden_act="gelu_fast")
+    assert _converted(source, tmp_path / "out").code == 0
+
+
 # --- tied embeddings ------------------------------------------------------------------------------
 
 
@@ -369,6 +420,49 @@ def test_an_index_is_made_anew_by_the_command_that_the_hint_names(
     assert cli(command).code == 0
     assert json.loads(index.read_text())["weight_map"] == weight_map
     assert _converted(folder, tmp_path / "out").code == 0
+
+
+def test_tensors_that_the_index_does_not_name_are_read_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    folder, weight_map = _sharded(tmp_path / "model")
+    named = {name: file for name, file in weight_map.items() if "norm" not in name}
+    assert set(named.values()) == set(weight_map.values())
+    index = {"metadata": {}, "weight_map": named}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    run = _converted(folder, tmp_path / "out")
+    assert run.code == 0, run.err
+    assert "does not name 5 tensors that are in its shards" in run.err
+    with quiet_transformers():
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        assert_equal(_logits(load_model(folder, dtype=None)), _logits(stock))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert_equal(found["model.norm.weight"], stock.model.norm.weight.detach())
+
+
+@pytest.mark.parametrize("command", ["inspect", "gqa"])
+def test_a_tensor_in_two_shards_is_refused(command: str, tmp_path: Path) -> None:
+    folder, weight_map = _sharded(tmp_path / "model")
+    first, second = sorted(set(weight_map.values()))[:2]
+    twice = next(name for name, file in weight_map.items() if file == first)
+    tensors = load_file(folder / second) | {twice: load_file(folder / first)[twice] * 2}
+    save_file(tensors, folder / second, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    run = cli([command, str(folder)]) if command == "inspect" else _converted(folder, out)
+    assert run.code == 3
+    assert f"{first} and {second} both hold {twice!r}" in run.err
+
+
+def test_pickled_shards_without_an_index_are_named(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "model", "llama")
+    shard = "pytorch_model-00001-of-00001.bin"
+    torch.save(load_file(folder / "model.safetensors"), folder / shard)
+    (folder / "model.safetensors").unlink()
+    for run in (
+        cli(["inspect", str(folder)]),
+        cli(["mqa", str(folder), str(tmp_path / "out"), "--allow-pickle"]),
+    ):
+        assert f"has pickled shards ({shard}, ...) but no pytorch_model.bin.index.json" in run.err
 
 
 def test_an_index_of_missing_shards_is_not_made(tmp_path: Path) -> None:

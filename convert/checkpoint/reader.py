@@ -180,16 +180,24 @@ class Checkpoint:
             else:
                 infos = read_header(path, name, self._sizes.get(name))
             for info in infos:
-                if weight_map is not None and weight_map.get(info.name) != name:
-                    self.warnings.append(
-                        f"{name} holds {info.name!r}, which the index does not place there; "
-                        "it is left out"
+                if (other := self.tensors.get(info.name)) is not None:
+                    raise InputModelError(
+                        f"{other.file} and {name} both hold {info.name!r}; they may disagree, and "
+                        "readers differ in which one they take",
+                        hint="Leave the shards of one save alone in the folder.",
                     )
-                else:
-                    self.tensors[info.name] = info
-        missing = sorted(set(weight_map or ()) - set(self.tensors))
+                self.tensors[info.name] = info
+        index = {} if weight_map is None else weight_map
+        unnamed = sorted(self.tensors.keys() - index.keys()) if index else []
+        if unnamed:  # transformers reads the files whole
+            self.warnings.append(
+                f"the index does not name {len(unnamed)} tensors that are in its shards, which are "
+                f"read all the same, as by transformers: {', '.join(map(repr, unnamed[:5]))}"
+            )
+        held = self.tensors.items()
+        missing = sorted(index.items() - {(tensor, info.file) for tensor, info in held})
         if missing:
-            shown = ", ".join(repr(name) for name in missing[:5])
+            shown = ", ".join(repr(name) for name, _ in missing[:5])
             raise InputModelError(
                 f"the index names {len(missing)} tensors that their shards do not hold: {shown}",
                 hint="If they are of the model, download the checkpoint again; if not, make the "
@@ -273,6 +281,11 @@ def _weight_files(root: Path, allow_pickle: bool) -> tuple[list[str], Mapping[st
         )
     pickled, pickled_index = (root / _PICKLE_SINGLE).exists(), (root / _PICKLE_INDEX).exists()
     if not (pickled or pickled_index):
+        if shard := next(root.glob("pytorch_model-*-of-*.bin"), None):
+            raise InputModelError(
+                f"{root} has pickled shards ({shard.name}, ...) but no {_PICKLE_INDEX}",
+                hint=f"Download {_PICKLE_INDEX}, too, or use a safetensors revision.",
+            )
         raise InputModelError(
             f"{root} has no weights: neither {_SINGLE} nor {INDEX}",
             hint="Download the weights of the checkpoint.",

@@ -67,7 +67,7 @@ def bench(
             adapter=adapter_choice(adapter),
             patched=patched,
             progress=progress,
-            note=console.note,
+            note=console.warn,
         )
     data = asdict(measured)
     if picture is not None:

@@ -15,10 +15,19 @@ from kvpatch.errors import InputModelError
 
 __all__ = ["canonical_names", "is_buffer", "layer_and_rest", "refuse_foreign_names"]
 
-# modules that hold a whole model and compute nothing; the first may stand anywhere
-_COMPILED = "_orig_mod"
+# modules that hold one module, anywhere in a model, and compute nothing
+_AROUND = frozenset(
+    {
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",  # Lightning
+        "base_layer",  # peft
+    }
+)
+# modules that hold a whole model
 _WRAPPERS = frozenset(
-    {_COMPILED, "module", "model", "language_model", "base_model", "pretrained_model", "llm"}
+    {"module", "model", "language_model", "base_model", "pretrained_model", "llm"}
 )
 # tables that classes compute, and older ones stored
 _COMPUTED = re.compile(
@@ -34,6 +43,9 @@ _QUANTISED: Mapping[str, str] = {
     "SCB": "bitsandbytes in 8 bits",
     "absmax": "bitsandbytes in 4 bits",
     "weight_blocks": "MXFP4",
+    "W_q": "HQQ",
+    "codebooks": "AQLM",
+    "weight_scales": "EETQ",
 }
 _ADAPTER = re.compile(r"(^|\.)(lora_[A-Z]\w*|lora_embedding_[AB]|hada_\w+|oft_\w+|ia3_\w+)(\.|$)")
 _OTHER_HEADS: Mapping[str, str] = {
@@ -41,14 +53,17 @@ _OTHER_HEADS: Mapping[str, str] = {
     "classifier": "a classification model",
     "qa_outputs": "a question answering model",
 }
+# heads that trainers put beside the output embedding, which may be the input's
+_VALUE_HEADS = ("v_head", "value_head", "reward_head", "regression_head")
 
 
-def refuse_foreign_names(names: Iterable[str], heads: Iterable[str]) -> None:
+def refuse_foreign_names(names: Iterable[str], heads: Iterable[str], *, tied: bool) -> None:
     """Refuse tensors that say by their names that this is no plain causal language model.
 
     Args:
         names: Of all tensors of a checkpoint.
         heads: Names that the output embedding can have.
+        tied: Whether the output embedding is the input's.
 
     Raises:
         InputModelError: Naming what it is, and one of the tensors.
@@ -69,8 +84,9 @@ def refuse_foreign_names(names: Iterable[str], heads: Iterable[str]) -> None:
             )
     if any(name.endswith(tuple(heads)) for name in names):
         return
+    valued = {} if tied else dict.fromkeys(_VALUE_HEADS, "a reward or value model")
     for name in names:
-        for module, what in _OTHER_HEADS.items():
+        for module, what in {**_OTHER_HEADS, **valued}.items():
             if re.search(rf"(^|\.){module}\.", name):
                 raise InputModelError(
                     f"this is {what}: it has {name!r} and no output embedding",
@@ -117,8 +133,7 @@ def canonical_names(names: Iterable[str], family: Family) -> dict[str, str]:
 
 
 def _without_wrapped_parts(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in {_COMPILED, "base_layer"}]
-    return ".".join(parts)
+    return ".".join(part for part in name.split(".") if part not in _AROUND)
 
 
 def _is_head(name: str, family: Family) -> bool:

@@ -148,6 +148,20 @@ def opened_source(
     These are read by ranged requests and kept while the context lasts. What has no headers of its
     own (pickled weights), and what is asked for without network, is fetched whole.
     """
+    with _opened(text, revision, allow_pickle, whole) as (source, base):
+        if base is None:
+            yield source
+            return
+        # which opening the model refuses if it is an adapter itself
+        with _opened(*base, allow_pickle, whole) as (opened, _):
+            yield replace(source, base=opened)
+
+
+@contextmanager
+def _opened(
+    text: str, revision: str | None, allow_pickle: bool, whole: bool
+) -> Iterator[tuple[Source, Base | None]]:
+    """As ``_fetched``, with the weights or their headers as of ``opened_source``."""
     local, repository, at = _parse(text, revision)
     names: list[str] = []
     if local is None and not whole:
@@ -155,13 +169,7 @@ def opened_source(
             files = _files(repository, at)
         names = [name for name in files if name.endswith(_WEIGHTS) and not is_alone(files)]
     if not names:
-        source, base = _fetched(text, revision, allow_pickle)
-        if base is None:
-            yield source
-            return
-        name, at = base
-        with opened_source(name, revision=at, allow_pickle=allow_pickle, whole=whole) as opened:
-            yield replace(source, base=opened)
+        yield _fetched(text, revision, allow_pickle)
         return
     with (
         tempfile.TemporaryDirectory(prefix="kvpatch-headers-") as folder,
@@ -169,7 +177,7 @@ def opened_source(
     ):
         with hub_errors(repository, at):
             source = _with_headers(repository, at, Path(folder) / "model")
-        yield source
+        yield source, None
 
 
 def fetch_config(text: str, *, revision: str | None = None) -> Source:

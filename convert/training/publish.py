@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convert.card import render_card
+from convert.checkpoint.index import INDEX, index_json
 from convert.checkpoint.manifest import encode_manifest
 from convert.checkpoint.paths import guarded_path
 from convert.checkpoint.reader import Checkpoint
@@ -18,13 +20,35 @@ from convert.checkpoint.staging import MANIFEST, Staging
 from convert.checkpoint.writer import FileRecord, ShardWriter, copy_file, write_file
 from convert.reporting.figures import render
 from convert.reporting.training import training_curve
-from kvpatch.errors import VerificationError
+from kvpatch.errors import InputModelError, VerificationError
 
-__all__ = ["CURVE", "copy_files", "stored_names", "write_result", "write_weights"]
+__all__ = ["CURVE", "check_files", "copy_files", "stored_names", "write_result", "write_weights"]
 
 CURVE = "training.png"
 _CARD = "README.md"
 _MADE = {MANIFEST, _CARD, CURVE}
+
+
+def check_files(start: Checkpoint, manifest: Mapping[str, Any]) -> None:
+    """Refuse a model whose files are others than its kvpatch.json names: the result keeps them.
+
+    Args:
+        start: The model that is to be trained.
+        manifest: Its kvpatch.json.
+
+    Raises:
+        InputModelError: If one is missing, or weights are in files of other names.
+    """
+    recorded = manifest["files"].keys() - _MADE
+    strange = sorted(start.files.keys() - recorded)
+    missing = sorted(name for name in recorded if not guarded_path(start.root, name).is_file())
+    wrong = [*(f"{n} is not in it" for n in strange), *(f"{n} is missing" for n in missing)]
+    if wrong:
+        raise InputModelError(
+            f"the files of {start.root.name} are not those of its kvpatch.json: "
+            f"{'; '.join(wrong[:4])}",
+            hint="Restore them, or convert again.",
+        )
 
 
 def stored_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +83,8 @@ def write_result(
         VerificationError: If a weight has another shape than at the start, or is not finite.
     """
     files = write_weights(staging, start, weights, progress)
+    if (start.root / INDEX).is_file():
+        files[INDEX] = write_file(staging.path / INDEX, _index(start))
     files |= copy_files(start.root, staging, manifest["files"].keys() - files.keys() - _MADE)
     content = {key: value for key, value in manifest.items() if key not in {"files", "versions"}}
     picture = render(lambda: training_curve(content["trainings"][-1]))["png"]
@@ -80,6 +106,16 @@ def write_weights(
     return {file: record for file, (record, _) in staging.finished.items()}
 
 
+def _index(start: Checkpoint) -> bytes:
+    """Of the result, whose names may not be those that the start has on the disk."""
+    infos = start.tensors.values()
+    return index_json(
+        {name: info.file for name, info in start.tensors.items()},
+        parameters=sum(prod(info.shape) for info in infos),
+        size=sum(info.nbytes for info in infos),
+    )
+
+
 def copy_files(root: Path, staging: Staging, names: Iterable[str]) -> dict[str, FileRecord]:
     """Copy files of a folder, given by their names in it."""
     return {
@@ -94,19 +130,19 @@ def _write_shard(
     weights: Mapping[str, Tensor],
     progress: Callable[[int], None],
 ) -> FileRecord:
-    tensors = [info for info in start.tensors.values() if info.file == file]
-    tensors.sort(key=lambda info: info.start)
-    header = [(info.name, info.dtype, info.shape) for info in tensors]
+    tensors = [(name, info) for name, info in start.tensors.items() if info.file == file]
+    tensors.sort(key=lambda item: item[1].start)
+    header = [(name, info.dtype, info.shape) for name, info in tensors]
     with ShardWriter(staging.path / file, header) as writer:
-        for info in tensors:
-            weight = weights[info.name] if info.name in weights else start.read(info.name)
+        for name, info in tensors:
+            weight = weights[name] if name in weights else start.read(name)
             if tuple(weight.shape) != info.shape:
                 raise VerificationError(
-                    f"{info.name!r} is {tuple(weight.shape)} after training, expected {info.shape}"
+                    f"{name!r} is {tuple(weight.shape)} after training, expected {info.shape}"
                 )
             stored = weight.detach().to("cpu", info.dtype)
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-                raise VerificationError(f"{info.name!r} is not finite in {info.dtype}")
+                raise VerificationError(f"{name!r} is not finite in {info.dtype}")
             writer.write(tensor_bytes(stored))
             progress(info.nbytes)
         return writer.finish()

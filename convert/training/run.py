@@ -35,7 +35,7 @@ from convert.training.data import check_text
 from convert.training.groups import adapted_modules
 from convert.training.loop import Note, Outcome, Progress, Training, make_accelerator
 from convert.training.native import Detour, detour_of
-from convert.training.publish import stored_names, write_result
+from convert.training.publish import check_files, stored_names, write_result
 from convert.training.recipe import UptrainRecipe
 from convert.training.student import check_head
 from kvpatch.errors import UsageError
@@ -136,6 +136,7 @@ def prepare(recipe: UptrainRecipe, *, to_write: bool = False) -> Iterator[Prepar
         )
     with open_model(source, latents=True) as model:
         checkpoint = model.checkpoint
+        check_files(checkpoint, manifest)
         detour = detour_of(checkpoint)
         context = recipe.context or min(512, position_limit(checkpoint.config))
         asked = f"--context {context}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.checkpoint.manifest import read_manifest, rewrite_manifest
 from convert.checkpoint.writer import write_file
@@ -56,6 +57,34 @@ def test_a_result_is_a_normal_folder_that_is_nearer_to_its_source(
     verified = cli(["verify", str(out), str(place.source())])
     assert verified.code == 0, verified.out + verified.err
     assert "the model was trained afterwards" in verified.out
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_names_of_a_wrapper_change_nothing(sharded: bool, place: Place, tmp_path: Path) -> None:
+    start, wrapped = place.converted("cla"), tmp_path / "wrapped"
+    shutil.copytree(start, wrapped)
+    file = wrapped / "model.safetensors"
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}
+    if sharded:
+        file = file.rename(wrapped / "model-00001-of-00001.safetensors")
+    save_file(tensors, file)
+    manifest = read_manifest(start)
+    record = manifest["files"].pop("model.safetensors")
+    manifest["files"][file.name] = record
+    if sharded:
+        assert cli(["reindex", str(wrapped)]).code == 0
+        manifest["files"]["model.safetensors.index.json"] = record
+    (wrapped / "kvpatch.json").write_text(json.dumps(manifest))
+    for folder, out in ((start, "plain"), (wrapped, "out")):
+        run = place.uptrain(folder, tmp_path / out, "--tokens", "64")
+        assert run.code == 0, run.err
+    expected = weights(tmp_path / "plain")
+    found = load_file(tmp_path / "out" / file.name)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal(found[name], tensor)
+    verified = cli(["verify", str(tmp_path / "out")])
+    assert verified.code == 0, verified.out + verified.err
 
 
 def test_the_curve_is_the_distance_that_stock_models_have(place: Place, tmp_path: Path) -> None:
@@ -264,6 +293,23 @@ def test_a_source_that_kvpatch_did_not_make_is_refused(place: Place, tmp_path: P
     run = place.uptrain(place.source(), tmp_path / "out")
     assert run.code == 3
     assert "was not made by kvpatch" in run.err
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors"])
+def test_files_that_are_not_those_of_the_conversion_are_refused_at_once(
+    name: str, place: Place, tmp_path: Path
+) -> None:
+    start = shutil.copytree(place.converted("gqa"), tmp_path / "start")
+    (start / name).rename(start / "model-00001-of-00001.safetensors")
+    if name == "model.safetensors":
+        assert cli(["reindex", str(start)]).code == 0
+    else:
+        (start / "model-00001-of-00001.safetensors").unlink()
+    run = place.uptrain(start, tmp_path / "out", "--dry-run")
+    assert (run.code, run.out) == (3, "")
+    assert f"the files of start are not those of its kvpatch.json: {name} is missing" in (
+        run.err.replace("model-00001-of-00001.safetensors is not in it; ", "")
+    )
 
 
 def test_a_local_teacher_must_be_given(place: Place, tmp_path: Path) -> None:
