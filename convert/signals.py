@@ -25,7 +25,7 @@ from kvpatch.errors import Terminated
 
 __all__ = ["at_hard_end", "ending_soon", "sigterm_unwinds"]
 
-_GRACE = 1.0  # seconds for unwinding; to free the memory of a large layer can take another
+_GRACE = 0.8  # seconds for unwinding; to free the memory of a large layer can take another
 _REPEATS = 0.2  # seconds in which a signal may come twice, as it does from the command timeout
 _FAREWELL = 0.3  # seconds for what is done at the end: nobody may be reading what is written
 

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from convert import signals
+from convert.progress import LayerProgress
+from convert.streams import side_by_side
+from kvpatch.errors import InputModelError
 from tests.families.texts import random_text, write_tokenizer
 from tests.faults.running import Child, Run, cli, contents, gqa, names
 from tests.faults.small_llama import write_llama
@@ -143,15 +147,29 @@ def test_every_command_ends_out_of_native_code(source: Path, tmp_path: Path, pla
     assert contents(source.parent) == before
 
 
+def _no_end_of_grace() -> None:
+    signals._GRACE = 3600.0
+
+
 def test_a_second_signal_does_not_wait(source: Path, tmp_path: Path) -> None:
     stuck = Stuck("convert.execute.emit", tmp_path / "began")
-    run, took = _signalled(
-        Child(gqa(source, tmp_path / "out"), stuck),
-        tmp_path / "began",
-        [signal.SIGINT, signal.SIGTERM],
-    )
+    child = Child(gqa(source, tmp_path / "out"), stuck, _no_end_of_grace)
+    run, _ = _signalled(child, tmp_path / "began", [signal.SIGINT, signal.SIGTERM])
     assert run.code == 130  # the first says why
-    assert took < _ENDS_WITHIN
+
+
+def test_what_has_not_begun_is_dropped_after_an_error() -> None:
+    called: list[int] = []
+
+    def fit(number: int) -> None:
+        called.append(number)
+        if number == 0:
+            raise InputModelError("no")
+        time.sleep(0.05)
+
+    with pytest.raises(InputModelError):
+        side_by_side(fit, range(1000), work=LayerProgress(lambda _: None))
+    assert len(called) < 100
 
 
 def test_signals_that_were_ignored_stay_so(source: Path, tmp_path: Path) -> None:
