@@ -14,7 +14,7 @@ ON_OLDEST := $(addprefix tests/,\
 		masks.py patch.py patching.py) \
 	real test_verify.py test_evaluate.py)
 
-.PHONY: browser demo test test-oldest lint docs kernels benchmark clean
+.PHONY: browser demo test test-oldest fuzz lint docs kernels benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvpatch demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) $(ON_OLDEST)
+
+# other cases than those of `make test`; FUZZ_SEED=17 $(BIN)/pytest tests/fuzz repeats one
+fuzz: $(VENV)/.installed
+	FUZZ=$(or $(FUZZ),5000) $(BIN)/pytest -n $(WORKERS) tests/fuzz/test_fuzz.py
 
 # docs/api.md from the docstrings, tables of losses from benchmarks/results
 docs: $(VENV)/.installed

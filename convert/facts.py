@@ -274,10 +274,10 @@ def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     listed = full.get("kv_source_layers")
     if listed is None:
         return tuple(range(layers))
-    if (
-        not isinstance(listed, list)
-        or len(listed) != layers
-        or any(type(s) is not int or not 0 <= s <= i or listed[s] != s for i, s in enumerate(listed))
+    sound = isinstance(listed, list) and len(listed) == layers
+    if not sound or any(
+        type(own) is not int or not 0 <= own <= layer or listed[own] != own
+        for layer, own in enumerate(listed)
     ):
         raise InputModelError(
             f"config.json: kv_source_layers must list {layers} layers, each a layer before or "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.families.family import Family
-from convert.families.values import COUNT, NUMBER, POSITIVE, SHARE, SWITCH, Kind
+from convert.families.values import NUMBER, POSITIVE, SHARE, SWITCH, Kind
 from convert.layer import Rope
 from kvpatch.errors import InputModelError
 
@@ -95,7 +95,7 @@ def _tables_of(
 
 
 def _check_table(path: str, table: Mapping[str, Any], family: Family) -> None:
-    for key, kind in (_ENTRIES | _OPTIONAL).items():
+    for key, kind in {**_ENTRIES, **_OPTIONAL}.items():
         if key in table and not (table[key] is None and key in _OPTIONAL):
             kind.check(f"{path}.{key}", table[key])
     if not table:

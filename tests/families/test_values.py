@@ -45,10 +45,9 @@ def _fields(model_type: str) -> dict[str, Any]:
 def _accepts(model_type: str, key: str, value: object) -> bool:
     try:
         check_values({key: value}, FAMILIES[model_type])
-    except InputModelError as error:
-        assert str(error).startswith(f"config.json: {key} must be ")
+        return True
+    except InputModelError:
         return False
-    return True
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from random import Random
 from typing import Any
 
@@ -138,7 +137,7 @@ def text_is_no_file(draft: Draft, random: Random) -> str:
     if kind == "folder":
         draft.text.mkdir()
     elif kind == "dangling":
-        os.symlink("nowhere", draft.text)
+        draft.text.symlink_to("nowhere")
     return f"{kind} {done}"
 
 
@@ -157,5 +156,6 @@ RECIPES = tuple(
     for change in (recipe_key, recipe_key, recipe_keys, recipe_odd, recipe_near, recipe_key_missing)
 )
 TEXTS = tuple(
-    Mutation(0, change) for change in (text, text, text_jsonl, text_jsonl, text_parquet, text_is_no_file)
+    Mutation(0, change)
+    for change in (text, text, text_jsonl, text_jsonl, text_parquet, text_is_no_file)
 )

@@ -25,6 +25,7 @@ _NAMES = "opening a source does not hold names and shapes outside of the attenti
 _EARLY = "tensors are looked at before their names, shapes and dtypes are checked"
 _CLASS = "values that only the stock class knows are not checked before it is built"
 _TOKENIZER = "not all that tokenizer files can raise is an error of the input model"
+_ZERO = "verify divides by the largest logit, which may be 0"
 _BEGUN = r"run recipe.yaml( --dry-run)? ended with 1: this is a bug in kvpatch: "
 _CHECKED = r"verify \S+ \S+ ended with 1: this is a bug in kvpatch: "
 
@@ -45,7 +46,10 @@ OPEN = (
     Open(_BEGUN + r".*\(convert/loading\.py:126\)", _TOKENIZER),
     Open(r"^verify ended with 6: tokens: \S+ has no tokenizer", _TOKENIZER),
     Open(_BEGUN + r".*\(convert/texts\.py", "texts: what is no text in jsonl, NUL in a path"),
-    Open(r"^verify ended with 6: cached decoding: .* differ by nan of the largest$", "verify divides by the largest logit, which may be 0"),
+    Open(
+        r"^verify ended with 6: cached decoding: .* differ by nan of the largest$",
+        _ZERO,
+    ),
 )
 # what the command said is known, too, where the run that ended with a bug is
 _ECHOES = r"^(the dry run passed, the run|verify) ended with 1: .?this is a bug in kvpatch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from kvpatch.errors import OutputError
 from tests.faults.running import Run, cli, contents
 from tests.fuzz.draft import Draft
 from tests.helpers import load_folder
@@ -96,16 +97,12 @@ class Oracle:
         if run.out and not command.startswith("verify"):
             self._note(f"{command} failed and printed {run.out[:300]!r}")
 
-    def _unchanged(
-        self, before: dict[str, Any], what: str, *, after_failure: bool = False
-    ) -> None:
+    def _unchanged(self, before: dict[str, Any], what: str, *, after_failure: bool = False) -> None:
         """Nothing may be written; after a failure, but for shards to continue from."""
         after = contents(self.folder)
         if after_failure:
-            kept = {name.split("/")[1] for name in after.keys() - before.keys() if "/" in name}
-            for name in (name for name in kept if ".partial-" in name):
-                if any(re.search(rf"/{re.escape(name)}/.*\.safetensors$", path) for path in after):
-                    after = {p: c for p, c in after.items() if p.split("/")[1:2] != [name]}
+            kept = _resumable(after)
+            after = {name: c for name, c in after.items() if not f"{name}/".startswith(kept)}
         if after != before:
             changed = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
             self._note(f"{what} left or changed {sorted(changed)[:6]}")
@@ -115,12 +112,9 @@ class Oracle:
         if "no output folder is given" in ran.err:
             return
         if planned.code:
-            if ran.code != planned.code or _errors(ran) != _errors(planned):
-                if ran.code != 7:
-                    self._note(
-                        f"the dry run ended with {planned.code}: {_errors(planned)!r:.400}, the run "
-                        f"with {ran.code}: {_errors(ran)!r:.400}"
-                    )
+            before, after = (f"{run.code}: {_errors(run)!r:.400}" for run in (planned, ran))
+            if before != after and ran.code != OutputError.exit_code:
+                self._note(f"the dry run ended with {before}, the run with {after}")
             return
         if looked.code and self.draft.recipe.get("source") == "source":
             self._note(f"planned, but inspect ended with {looked.code}: {_errors(looked)!r:.400}")
@@ -146,7 +140,8 @@ class Oracle:
             return
         checks = json.loads(checked.out)["checks"] if checked.out else []
         failed = {c["name"]: c["detail"] for c in checks if c["status"] == "failed"}
-        if failed.keys() == {"cached decoding"} and self.draft.numbers and not self._source_is_finite():
+        ran_alone = self.draft.numbers and failed.keys() == {"cached decoding"}
+        if ran_alone and not self._source_is_finite():
             return
         found = "; ".join(f"{name}: {detail}" for name, detail in failed.items())
         self._note(f"verify ended with {checked.code}: {found or _errors(checked):.600}")
@@ -157,6 +152,18 @@ class Oracle:
         with torch.no_grad():
             logits = model(torch.arange(3, 27)[None]).logits
         return bool(torch.isfinite(logits).all())
+
+
+def _resumable(files: Mapping[str, Any]) -> tuple[str, ...]:
+    """Staging folders with a finished shard or finished layers, from which a run continues."""
+    kept = set()
+    for name, content in files.items():
+        folder, _, file = name.rpartition("/")
+        if file == ".journal.jsonl" and len(content.splitlines()) > 1:
+            kept.add(f"{folder}/")
+        elif folder.endswith("/.scratch") and file.endswith(".safetensors"):
+            kept.add(folder.removesuffix(".scratch"))
+    return tuple(kept)
 
 
 def _errors(run: Run) -> str:
