@@ -109,6 +109,12 @@ class Converting(ABC):
             streams = Streams(embedded, embedded.clone())
             for unit in units:
                 grams += self.convert(steps[unit], decoder, streams)
+                if not torch.isfinite(streams.converted).all():
+                    raise InputModelError(
+                        f"layer {unit[-1]} gives NaN or infinity on the calibration text once it "
+                        "is converted: its numbers are too small or too large for float32",
+                        hint="Convert it without --calibration.",
+                    )
                 progress(len(unit))
         self.scratch.keep(_SIMILARITY, {}, similarity(grams))
 

@@ -167,10 +167,16 @@ def layer_windows(
     """Sliding window of every layer in tokens, None where the layer sees everything.
 
     Raises:
-        InputModelError: If layers slide, but there is no window.
+        InputModelError: If layers slide, but there is no window, or the other way round.
     """
     types = _layer_types(config, family, layers)
     window = config.get("sliding_window")
+    if family.windows.rule == "never" and window:
+        raise InputModelError(
+            f"config.json: sliding_window is {window}, but the attention of a {family.model_type} "
+            "model has no window; its cache would drop what it still reads",
+            hint="Set sliding_window to null.",
+        )
     if _SLIDING in types and not window:
         raise InputModelError(
             f"config.json: layers of this {family.model_type} model have a sliding window, but "
@@ -210,8 +216,8 @@ def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, n
 
 
 def _check_lengths(parameters: Mapping[str, Any], planes: int) -> None:
-    for key in {"short_factor", "long_factor"} & parameters.keys():
-        if len(parameters[key]) != planes:
+    for key in ("short_factor", "long_factor"):
+        if key in parameters and len(parameters[key]) != planes:
             raise InputModelError(
                 f"config.json: {key} of the RoPE parameters must have {planes} numbers, one for "
                 f"each pair of dims that rotate, found {len(parameters[key])}"

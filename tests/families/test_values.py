@@ -142,6 +142,8 @@ _LINEAR = {"rope_type": "linear", "factor": 2.0}
         ("llama", {"num_hidden_layers": 10**5}, "more than any model's"),
         ("llama", {"kv_source_layers": [0, 0]}, "has kv_source_layers, which a llama model"),
         ("llama", {"text_config": {}}, "has text_config, which a llama model"),
+        ("llama", {"is_encoder_decoder": True}, "has is_encoder_decoder, which a llama model"),
+        ("llama", {"sliding_window": 3}, "the attention of a llama model has no window"),
         ("kvpatch_llama", {"kv_source_layers": [0, 2]}, "must list 2 layers"),
         ("kvpatch_llama", {"kv_source_layers": [1, 1]}, "must list 2 layers"),
     ],

@@ -177,3 +177,16 @@ def test_an_output_that_exists_is_refused_before_weights_are_read(
     (tmp_path / "out" / "mine").touch()
     run = cli(["mla", str(source), str(tmp_path / "out"), "--kv-budget", "50%"])
     assert run.code == 7, run.err
+
+
+def test_numbers_too_small_for_what_is_fitted_are_refused(source: Path, tmp_path: Path) -> None:
+    """Queries that read next to nothing would have to be larger than any float32."""
+    model = shutil.copytree(source, tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] *= 1e-25
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    run = cli(_arguments("gqa", source, out)[:1] + [str(model), *_arguments("gqa", source, out)[2:]])
+    assert (run.code, out.exists()) == (3, False)
+    assert "error: layer 0 gives NaN or infinity on the calibration text once it is" in run.err

@@ -37,12 +37,20 @@ OPEN = (
     Open(r"the run ended with 3: .*transformers' class and the checkpoint differ in", _NAMES),
     Open(r"^planned, but inspect ended with 3: 'config.json contradicts the tensors", _NAMES),
     Open(_BEGUN + r"AssertionError:  \(convert/methods/(attended|merge|mixing)\.py", _EARLY),
-    Open(_BEGUN + r"RuntimeError: .*\(convert/(families/packing|decoder)\.py", _EARLY),
+    Open(
+        _BEGUN + r"RuntimeError: .*\(convert/(families/packing|decoder|methods/merge)\.py", _EARLY
+    ),
+    Open(_BEGUN + r"RuntimeError: .*\(convert/targets/deepseek_layer\.py", _EARLY),
+    Open(r"^the dry run ended with 2: .no class with latent attention holds", _EARLY),
+    Open(r"^verify \S+ \S+ took \d+ MB", _NAMES),
     Open(_BEGUN + r"NotImplementedError: .*Float8.*\(convert/execute\.py", _EARLY),
     Open(r"^the dry run ended with 3: .*(contradicts the tensors|are quantised)", _EARLY),
     Open(_BEGUN + r".*\(convert/decoder\.py", _CLASS),
-    Open(_CHECKED + r".*\(convert/loading\.py:102\)", _CLASS),
-    Open(_CHECKED + r".*\(convert/loading\.py:126\)", _TOKENIZER),
+    Open(
+        _CHECKED + r".*\((convert/loading\.py:102|kvpatch/models/modeling_kvpatch\.py:90)\)", _CLASS
+    ),
+    Open(r"^verify ended with 6: loading: .* Invalid `cache_implementation`", _CLASS),
+    Open(_CHECKED + r".*\(convert/(loading\.py:126|verify\.py:147)\)", _TOKENIZER),
     Open(_BEGUN + r".*\(convert/loading\.py:126\)", _TOKENIZER),
     Open(r"^verify ended with 6: tokens: \S+ has no tokenizer", _TOKENIZER),
     Open(_BEGUN + r".*\(convert/texts\.py", "texts: what is no text in jsonl, NUL in a path"),
