@@ -152,11 +152,11 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         raise UnsupportedModelError(
             "config.json has per_layer_config: layers differ in their attention"
         )
-    _check_foreign(config, family)
     check_values(config, family)
     full = family.completed(config)
     for rule in family.only:
         _check_only(rule, full, family.spelling(rule.key, config))
+    _check_foreign(config, family)
 
     def integer(key: str, default: int | None = None, *, most: int = _LARGEST) -> int:
         return _integer(full.get(key), family.spelling(key, config), default, most)
@@ -302,6 +302,7 @@ def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
     """Refuse keys with which kvpatch or transformers would take a model for another."""
     foreign = ("kv_lora_rank", "kv_source_layers")
     keys = [key for key in foreign if config.get(key) is not None]
+    keys += [key for key in ("add_cross_attention", "is_encoder_decoder") if config.get(key)]
     if keys and not family.model_type.startswith(PREFIX):
         raise InputModelError(
             f"config.json has {' and '.join(keys)}, which a {family.model_type} model has not",

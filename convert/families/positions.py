@@ -167,7 +167,7 @@ def layer_windows(
     """Sliding window of every layer in tokens, None where the layer sees everything.
 
     Raises:
-        InputModelError: If layers slide, but there is no window.
+        InputModelError: If layers slide, but there is no window, or one of a single token.
     """
     types = _layer_types(config, family, layers)
     window = config.get("sliding_window")
@@ -215,8 +215,8 @@ def _rope(config: Mapping[str, Any], family: Family, head_dim: int, kind: str, n
 
 
 def _check_lengths(parameters: Mapping[str, Any], planes: int) -> None:
-    for key in {"short_factor", "long_factor"} & parameters.keys():
-        if len(parameters[key]) != planes:
+    for key in ("short_factor", "long_factor"):
+        if key in parameters and len(parameters[key]) != planes:
             raise InputModelError(
                 f"config.json: {key} of the RoPE parameters must have {planes} numbers, one for "
                 f"each pair of dims that rotate, found {len(parameters[key])}"

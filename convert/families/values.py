@@ -116,36 +116,68 @@ _KEYS: Mapping[Kind, str] = {
 }
 VALUES: Mapping[str, Kind] = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
 
-# null is not another value of these but means that there is none, or that another key says it
-_NULLABLE_KEYS = (
-    "activation alibi architectures attn_config attn_logit_softcapping bias bos_token_id "
-    "clip_qkv d_model eos_token_id ffn_hidden_size final_logit_softcapping head_dim "
-    "hidden_size id2label label2id layer_types mlp_only_layers multi_query n_embd n_head "
-    "n_heads n_inner n_layer n_layers new_decoder_architecture no_rope_layers "
-    "num_attention_heads num_heads num_hidden_layers num_key_value_heads num_kv_heads "
-    "num_layers num_ln_in_parallel_attn pad_token_id parallel_attn partial_rotary_factor "
-    "rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window "
-    "sliding_window_pattern softmax_scale summary_activation transformers_version "
-    "use_bidirectional_attention use_qk_norm word_embed_proj_dim"
-)
-_NULLABLE = frozenset(_NULLABLE_KEYS.split())
-_NULLABLE_IN: Mapping[str, tuple[str, ...]] = {
+# keys of (nearly) all classes that take no null, and the classes that do
+_NEVER_NULL: Mapping[str, tuple[str, ...]] = {
+    "attention_bias": (),
     "attention_dropout": ("cohere", "falcon", "gemma2", "gemma3_text", "glm", "llama", "phi"),
-    "hidden_dropout": ("falcon",),
+    "hidden_act": (),
+    "initializer_range": (),
     "intermediate_size": ("gpt_neo",),
-    "logit_scale": ("mpt",),
-    "pretraining_tp": ("llama",),
-    "use_bias": ("ernie4_5",),
+    "is_encoder_decoder": (),
+    "max_position_embeddings": (),
+    "rms_norm_eps": (),
+    "tie_word_embeddings": (),
     "use_cache": ("ernie4_5",),
+    "vocab_size": (),
 }
-_GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_NEVER_NULL_IN: Mapping[str, tuple[str, ...]] = {
-    "head_dim": (*_GEMMAS, "glm4", "helium", "qwen3"),
-    "num_key_value_heads": (
-        *_GEMMAS,
-        *("glm4", "helium", "mistral", "mixtral", "qwen2_moe", "qwen3_moe", "stablelm"),
-        "starcoder2",
-    ),
+# the others by class; elsewhere, null stands for what a class does anyway
+_NEVER_NULL_IN: Mapping[str, str] = {
+    "llama": "mlp_bias",
+    "mistral": "num_key_value_heads",
+    "mixtral": "num_experts_per_tok num_key_value_heads num_local_experts output_router_logits "
+    "router_aux_loss_coef router_jitter_noise",
+    "qwen2": "max_window_layers use_sliding_window",
+    "qwen2_moe": "decoder_sparse_step max_window_layers moe_intermediate_size norm_topk_prob "
+    "num_experts num_experts_per_tok num_key_value_heads output_router_logits qkv_bias "
+    "router_aux_loss_coef shared_expert_intermediate_size use_sliding_window",
+    "qwen3": "head_dim max_window_layers use_sliding_window",
+    "qwen3_moe": "decoder_sparse_step moe_intermediate_size norm_topk_prob num_experts "
+    "num_experts_per_tok num_key_value_heads output_router_logits router_aux_loss_coef "
+    "use_sliding_window",
+    "gemma": "head_dim num_key_value_heads",
+    "gemma2": "head_dim hidden_activation num_key_value_heads query_pre_attn_scalar",
+    "gemma3_text": "head_dim hidden_activation num_key_value_heads query_pre_attn_scalar",
+    "olmoe": "norm_topk_prob num_experts num_experts_per_tok output_router_logits "
+    "router_aux_loss_coef",
+    "phi": "embd_pdrop layer_norm_eps qk_layernorm resid_pdrop",
+    "phi3": "embd_pdrop original_max_position_embeddings resid_pdrop",
+    "stablelm": "hidden_dropout layer_norm_eps num_key_value_heads qk_layernorm "
+    "use_parallel_residual use_qkv_bias",
+    "starcoder2": "embedding_dropout norm_epsilon num_key_value_heads residual_dropout use_bias",
+    "granite": "attention_multiplier embedding_multiplier logits_scaling mlp_bias "
+    "residual_multiplier",
+    "smollm3": "mlp_bias no_rope_layer_interval use_sliding_window",
+    "glm4": "head_dim num_key_value_heads",
+    "nemotron": "mlp_bias norm_eps",
+    "helium": "head_dim mlp_bias num_key_value_heads",
+    "gpt2": "activation_function add_cross_attention attn_pdrop embd_pdrop layer_norm_epsilon "
+    "n_positions reorder_and_upcast_attn resid_pdrop scale_attn_by_inverse_layer_idx "
+    "scale_attn_weights summary_first_dropout summary_proj_to_labels summary_type "
+    "summary_use_proj",
+    "gpt_neo": "activation_function embed_dropout layer_norm_epsilon resid_dropout window_size",
+    "gptj": "activation_function attn_pdrop embd_pdrop layer_norm_epsilon n_positions resid_pdrop",
+    "codegen": "activation_function attn_pdrop embd_pdrop layer_norm_epsilon n_ctx n_positions "
+    "resid_pdrop",
+    "gpt_neox": "hidden_dropout layer_norm_eps use_parallel_residual",
+    "persimmon": "hidden_dropout layer_norm_eps qk_layernorm",
+    "opt": "activation_function do_layer_norm_before dropout enable_bias ffn_dim init_std "
+    "layer_norm_elementwise_affine layerdrop",
+    "bloom": "apply_residual_connection_post_layernorm hidden_dropout layer_norm_epsilon "
+    "pretraining_tp slow_but_exact",
+    "mpt": "emb_pdrop embedding_fraction expansion_ratio init_device layer_norm_epsilon "
+    "learned_pos_emb max_seq_len no_bias norm_type resid_pdrop",
+    "cohere": "layer_norm_eps logit_scale",
+    "falcon": "layer_norm_epsilon",
 }
 
 
@@ -165,14 +197,10 @@ def check_values(config: Mapping[str, Any], family: Family) -> None:
             kind = VALUES.get(key)
             if kind is not None and not (value is None and _may_be_null(key, family)):
                 kind.check(path + key, value)
-    used = config.get("num_experts_per_tok") or 0
-    there = config.get("num_local_experts") or config.get("num_experts") or used
-    if used > there:
-        raise InputModelError(f"config.json: num_experts_per_tok is {used}, of {there} experts")
 
 
 def _may_be_null(key: str, family: Family) -> bool:
     name = family.model_type.removeprefix(PREFIX)
-    if key in _NULLABLE:
-        return name not in _NEVER_NULL_IN.get(key, ())
-    return name in _NULLABLE_IN.get(key, ())
+    if key in _NEVER_NULL:
+        return name in _NEVER_NULL[key]
+    return key not in _NEVER_NULL_IN.get(name, "").split()

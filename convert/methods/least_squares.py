@@ -62,7 +62,9 @@ def solve(
     enough = torch.finfo(residual.dtype).eps ** 2 * power
     for _ in range(steps):
         image = metric(inputs @ direction.mT).mT @ inputs + strength * direction
-        length = power / _product(direction, image).clamp(min=torch.finfo().tiny)
+        # the ridge alone gives it so much: where a metric is next to zero, rounding takes from it
+        least = (strength * _product(direction, direction)).clamp(min=torch.finfo().tiny)
+        length = power / _product(direction, image).maximum(least)
         length = torch.where(power > enough, length, 0.0)
         solution = solution + length * direction
         residual = residual - length * image

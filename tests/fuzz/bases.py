@@ -15,10 +15,9 @@ from tests.faults.running import cli
 
 __all__ = ["BASES", "WAYS", "Bases", "link_folder", "make_bases"]
 
-# Among them every packing (separate, fused, fused by head, by four blocks, transposed), all kinds
-# of positions (RoPE in halves, interleaved, partial and by layer; learned; ALiBi), windows, norms
-# of queries and keys for all heads and for each, biases, experts, tied and untied heads, and
-# shards.
+# Among them every packing (separate, fused, by head, by four blocks, transposed), all positions
+# (RoPE in halves, interleaved, partial, by layer; learned; ALiBi), windows, norms of queries and
+# keys for all heads and for each, biases, experts, tied and untied heads, and shards.
 BASES = (
     "llama",
     "gpt2",

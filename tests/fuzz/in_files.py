@@ -128,17 +128,17 @@ def no_file(draft: Draft, random: Random) -> str:
     file = random.choice(draft.files)
     file.unlink()
     instead, make = random.choice(_INSTEAD)
-    make(str(file))
+    make(file)
     return f"{instead} {file.name}"
 
 
-_INSTEAD: tuple[tuple[str, Callable[[str], Any]], ...] = (
+_INSTEAD: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("nothing for", lambda path: None),
-    ("a folder for", os.mkdir),
-    ("a dangling link for", lambda path: Path(path).symlink_to("nowhere")),
-    ("a link to itself for", lambda path: Path(path).symlink_to(path)),
-    ("a link outside for", lambda path: Path(path).symlink_to("/etc/passwd")),
-    ("a device for", lambda path: Path(path).symlink_to("/dev/zero")),
+    ("a folder for", Path.mkdir),
+    ("a dangling link for", lambda path: path.symlink_to("nowhere")),
+    ("a link to itself for", lambda path: path.symlink_to(path)),
+    ("a link outside for", lambda path: path.symlink_to("/etc/passwd")),
+    ("a device for", lambda path: path.symlink_to("/dev/zero")),
     ("a pipe for", os.mkfifo),
 )
 
@@ -339,7 +339,7 @@ def side_file_is_no_file(draft: Draft, random: Random) -> str:
     replaced(path, b"")
     path.unlink()
     instead, make = random.choice(_INSTEAD[1:])
-    make(str(path))
+    make(path)
     return f"{instead} {name}"
 
 

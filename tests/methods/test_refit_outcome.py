@@ -169,6 +169,16 @@ def test_solver_survives_a_matrix_of_zeros() -> None:
     assert_close(found, torch.zeros(2, 3, 3), atol=0.0)
 
 
+def test_solver_survives_a_metric_that_is_rounding_alone() -> None:
+    """Of inputs that are all the same the metric is zero, but what is computed may be less."""
+    inputs, missing = torch.linalg.qr(randn(20, 3, seed=1)).Q[None], randn(1, 20, 2, seed=2)
+    moment = torch.eye(2).double()[None]
+    strength = 0.1 * 3 / 20 * float(inputs.square().mean())
+    exact = missing.mT @ inputs / strength  # where nothing but the ridge is left
+    found = solve(inputs, lambda made: -strength * made, missing, moment, ridge=0.1, steps=5)
+    assert found.norm() <= 5 * exact.norm()
+
+
 def test_sum_is_that_of_all_terms() -> None:
     terms = [randn(2, 3, seed=seed) for seed in range(4)]
     assert_close(total(iter(terms)), torch.stack(terms).sum(0), atol=1e-14)
