@@ -302,7 +302,6 @@ def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
     """Refuse keys with which kvpatch or transformers would take a model for another."""
     foreign = ("kv_lora_rank", "kv_source_layers")
     keys = [key for key in foreign if config.get(key) is not None]
-    keys += [key for key in ("add_cross_attention", "is_encoder_decoder") if config.get(key)]
     if keys and not family.model_type.startswith(PREFIX):
         raise InputModelError(
             f"config.json has {' and '.join(keys)}, which a {family.model_type} model has not",

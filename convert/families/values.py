@@ -197,6 +197,10 @@ def check_values(config: Mapping[str, Any], family: Family) -> None:
             kind = VALUES.get(key)
             if kind is not None and not (value is None and _may_be_null(key, family)):
                 kind.check(path + key, value)
+    used = config.get("num_experts_per_tok") or 0
+    there = config.get("num_local_experts") or config.get("num_experts") or used
+    if used > there:
+        raise InputModelError(f"config.json: num_experts_per_tok is {used}, of {there} experts")
 
 
 def _may_be_null(key: str, family: Family) -> bool:
