@@ -53,7 +53,7 @@ def inspect_source(source: str, *, revision: str | None = None) -> tuple[ModelFa
     """
     found = fetch_config(source, revision=revision)
     has_weights = any(
-        path.suffix in {".safetensors", ".bin"} for path in found.path.iterdir()
+        path.suffix in {".safetensors", ".bin", ".gguf"} for path in found.path.iterdir()
     ) or any(found.path.glob("*.index.json"))
     if not has_weights:
         config = read_json(guarded_path(found.path, "config.json"))

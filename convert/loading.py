@@ -14,6 +14,7 @@ import torch
 
 from convert.adapters import AdapterChoice, made_with
 from convert.checkpoint.adapter_config import ADAPTER_CONFIG
+from convert.checkpoint.index import lacks_metadata
 from convert.checkpoint.manifest import read_manifest
 from convert.checkpoint.sidecars import gathered_files, tokenizer_folder
 from convert.checkpoint.staging import MANIFEST
@@ -126,7 +127,7 @@ def load_model(
             if adapted:
                 raise
             return load_as_stored(folder, dtype=dtype, device=device)
-        if not (adapted or model.renamed):
+        if not (adapted or model.renamed or lacks_metadata(folder)):
             return _loaded(folder, dtype=dtype, device=device, may_leave_out=True)
         return _loaded(folder, dtype=dtype, device=device, read=model)
 

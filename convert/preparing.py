@@ -110,7 +110,9 @@ def prepare(
         except ValueError as error:
             warnings.append(f"no licence or language is taken over: {error}")
         if windows is not None:
-            warnings += [*windows.warnings, *few_tokens(windows, model.facts.geometry.hidden)]
+            warnings += windows.warnings
+            if getattr(recipe, "refit", None) != "none":
+                warnings += few_tokens(windows, model.facts.geometry.hidden)
         yield Prepared(
             scheme=scheme,
             source=source,

@@ -94,8 +94,9 @@ def tokenizer_warnings(folder: Path, rows: int) -> list[str]:
         return []
     shown = ", ".join(f"{token!r} is {number}" for token, number in [*past.items()][:_SHOWN])
     more = ", ..." if len(past) > _SHOWN else ""
+    count = "1 token" if len(past) == 1 else f"{len(past):,} tokens"
     where = f"past the {rows:,} rows of the embedding table ({shown}{more})"
-    return [f"the tokenizer has {len(past):,} tokens {where}: texts that use them are refused"]
+    return [f"the tokenizer has {count} {where}: texts with such tokens are refused"]
 
 
 def _tokens(folder: Path) -> Iterator[tuple[str, int]]:

@@ -208,6 +208,9 @@ def test_what_cannot_be_read_is_named(case: str, command: str, tmp_path: Path) -
         ("codegen", "transformer.h.0.attn.causal_mask"),
         ("llama", "model.layers.1.self_attn.rotary_emb.inv_freq"),
         ("llama", "model.rotary_emb.cos_cached"),
+        ("falcon", "transformer.h.0.self_attention.maybe_rotary.inv_freq"),
+        ("mpt", "transformer.blocks.1.attn.attn_bias"),
+        ("codegen", "transformer.h.1.attn.embed_positions"),
         ("opt", "model.position_ids"),
     ],
 )
@@ -403,6 +406,16 @@ def _sharded(folder: Path) -> tuple[Path, dict[str, str]]:
     return folder, index["weight_map"]
 
 
+@pytest.mark.parametrize("command", ["inspect", "gqa", "mla"])
+def test_a_gguf_file_alone_is_named(command: str, tmp_path: Path) -> None:
+    source = _saved(tmp_path / "model", "llama")
+    (source / "model.safetensors").rename(source / "model-q8_0.gguf")
+    out = [] if command == "inspect" else [str(tmp_path / "out"), *METHODS[command]]
+    run = cli([command, str(source), *out])
+    assert run.code == 3
+    assert "in a GGUF file (model-q8_0.gguf)" in run.err
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_an_index_is_made_anew_by_the_command_that_the_hint_names(
     lost: bool, tmp_path: Path
@@ -463,6 +476,17 @@ def test_pickled_shards_without_an_index_are_named(tmp_path: Path) -> None:
         cli(["mqa", str(folder), str(tmp_path / "out"), "--allow-pickle"]),
     ):
         assert f"has pickled shards ({shard}, ...) but no pytorch_model.bin.index.json" in run.err
+
+
+def test_an_index_without_metadata_is_read_by_all(tmp_path: Path) -> None:
+    """transformers alone refuses it, for a key that says nothing of the tensors."""
+    folder, weight_map = _sharded(tmp_path / "model")
+    truth = make("llama", settings("llama"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert _converted(folder, tmp_path / "out").code == 0
+    with quiet_transformers():
+        assert_equal(_logits(load_model(folder, dtype=None)), _logits(truth))
 
 
 def test_an_index_of_missing_shards_is_not_made(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from convert.checkpoint.safetensors_header import read_header
 from convert.checkpoint.writer import write_file
 from kvpatch.errors import InputModelError
 
-__all__ = ["INDEX", "index_json", "numbered_shards", "write_index"]
+__all__ = ["INDEX", "index_json", "lacks_metadata", "numbered_shards", "write_index"]
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
@@ -25,6 +25,12 @@ def index_json(weight_map: Mapping[str, str], *, parameters: int, size: int) -> 
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def lacks_metadata(folder: Path) -> bool:
+    """Whether there is an index without ``metadata``, which transformers needs and nobody reads."""
+    index = folder / INDEX
+    return index.is_file() and "metadata" not in json.loads(index.read_bytes())
 
 
 def numbered_shards(folder: Path) -> dict[str, tuple[int, int]]:

@@ -281,6 +281,11 @@ def _weight_files(root: Path, allow_pickle: bool) -> tuple[list[str], Mapping[st
         )
     pickled, pickled_index = (root / _PICKLE_SINGLE).exists(), (root / _PICKLE_INDEX).exists()
     if not (pickled or pickled_index):
+        if gguf := next(root.glob("*.gguf"), None):
+            raise InputModelError(
+                f"{root} has its weights in a GGUF file ({gguf.name}), which is not read",
+                hint="Convert the safetensors checkpoint that it was made from.",
+            )
         if shard := next(root.glob("pytorch_model-*-of-*.bin"), None):
             raise InputModelError(
                 f"{root} has pickled shards ({shard.name}, ...) but no {_PICKLE_INDEX}",

@@ -31,7 +31,8 @@ _WRAPPERS = frozenset(
 )
 # tables that classes compute, and older ones stored
 _COMPUTED = re.compile(
-    r"(^|\.)(rotary_(pos_)?emb|rope)\.[^.]*(inv_freq|cos|sin)[^.]*$|(^|\.)position_ids$"
+    r"(^|\.)(((maybe_)?rotary(_pos)?(_emb)?|rope)\.[^.]*(inv_freq|cos|sin)[^.]*"
+    r"|position_ids|attn_bias|attn\.embed_positions)$"
 )
 # endings of names by which other formats are known
 _QUANTISED: Mapping[str, str] = {
