@@ -300,7 +300,13 @@ def _sources(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 def _check_foreign(config: Mapping[str, Any], family: Family) -> None:
     """Refuse keys with which kvpatch or transformers would take a model for another."""
-    foreign = ("kv_lora_rank", "kv_source_layers")
+    foreign = (
+        "kv_lora_rank",
+        "kv_rope_planes",
+        "kv_source_layers",
+        "qk_nope_head_dim",
+        "v_head_dim",
+    )
     keys = [key for key in foreign if config.get(key) is not None]
     if keys and not family.model_type.startswith(PREFIX):
         raise InputModelError(

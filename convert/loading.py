@@ -45,6 +45,7 @@ __all__ = [
 # loader buffers and the framework itself, beyond the weights
 _OVERHEAD = 1_000_000_000
 _GENERATION = "generation_config.json"
+_WORDS = "Any text, 3.14 and naïve 北京.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,10 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: no such kind of device") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: there is no CUDA device here")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UsageError(f"--device {device}: torch cannot compute on it here") from error
 
 
 @contextmanager
@@ -222,6 +227,7 @@ def load_tokenizer(folder: Path) -> Any:
     options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer(_WORDS)  # some damage shows only in use
     except Exception as error:  # bad files make it raise almost any
         raise refusal(folder, error) from error
     # of a folder without any files of a tokenizer some classes make an empty one

@@ -95,6 +95,8 @@ class Mutation:
         """Change the draft, unless nothing is left that could be changed; say what was done."""
         if self.stage and not draft.files:
             return f"({self.name}: no sound file is left)"
+        if not (draft.source / "config.json").is_file():
+            return f"({self.name}: config.json is gone)"
         return f"{self.name} {self.change(draft, random)}"
 
     @property

@@ -164,7 +164,7 @@ def _damaged(tensors: dict[Any, Any], name: str, value: Any) -> None:
 _PICKLED: tuple[tuple[str, Callable[[dict[Any, Any], str], object]], ...] = (
     ("sound", lambda tensors, name: None),
     ("sound", lambda tensors, name: None),
-    ("transposed", lambda tensors, name: _damaged(tensors, name, tensors[name].T)),
+    ("transposed", lambda tensors, name: _damaged(tensors, name, tensors[name].movedim(0, -1))),
     ("text for", lambda tensors, name: _damaged(tensors, name, "x")),
     ("sparse", lambda tensors, name: _damaged(tensors, name, tensors[name].to_sparse())),
     ("meta", lambda tensors, name: _damaged(tensors, name, tensors[name].to("meta"))),
