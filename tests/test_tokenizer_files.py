@@ -215,7 +215,7 @@ def test_warnings_name_some_tokens(folder: Path, demo_model: Path) -> None:
     said = (
         "the tokenizer has 2 tokens past the 95 rows of the embedding table ('}' is 95, '~' is 96)"
     )
-    assert tokenizer_warnings(folder, 95) == [f"{said}: texts that use them are refused"]
+    assert tokenizer_warnings(folder, 95) == [f"{said}: texts with such tokens are refused"]
     assert "('z' is 92, '{' is 93, '|' is 94, ...)" in tokenizer_warnings(folder, 92)[0]
     shutil.copy(demo_model / "tokenizer.json", folder)
     assert tokenizer_warnings(folder, 512) == []

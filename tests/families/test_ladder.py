@@ -134,4 +134,5 @@ def test_only_the_head_count_changes_in_the_config(
         json.loads((folder / "config.json").read_text())
         for folder in (source, converted(source, 2))
     )
+    before.pop("output_router_logits", None)  # says what a run returns, and is no part of a model
     assert after == before | {"num_key_value_heads": 2}

@@ -185,7 +185,6 @@ def test_a_smaller_result_runs_and_caches_what_is_planned(
     sizes: dict[str, Any] = {"rank": 13, "rope_dims": most["rope_dims"] // 4 * 2}
     result = _mla(model, tmp_path / "out", text=text, **sizes)
     checks = {check.name: check for check in verify_checkpoint(result, model)}
-    assert checks.pop("shapes").status == "skipped"
     assert {check.status for check in checks.values()} == {"ok"}, checks
     cache = read_manifest(result)["kv_cache"]
     assert cache["latent"] == sizes | ({"key_scales": _SCALES[name]} if name in _NORMED else {})

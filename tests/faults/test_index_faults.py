@@ -148,16 +148,17 @@ def test_tensor_is_not_in_its_shard(model: Path) -> None:
     assert_refused(model, "1 tensors that their shards do not hold", "'lm_head.weight'")
 
 
-def test_tensor_outside_the_index_is_warned_of_and_left_out(tmp_path: Path) -> None:
-    extra = {"stray": torch.ones(3), "lm_head.weight": torch.zeros(16, 8)}
-    model = write_shards(tmp_path / "model", extra=extra)
+def test_tensor_outside_the_index_is_read_as_by_transformers(tmp_path: Path) -> None:
+    model = write_shards(tmp_path / "model", extra={"stray": torch.ones(3)})
     run = run_gqa(model, tmp_path / "out")
     assert run.code == 0
-    assert "warning: b.safetensors holds 'stray'" in run.err
-    assert "warning: b.safetensors holds 'lm_head.weight'" in run.err
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert "stray" not in written
-    assert written["lm_head.weight"].equal(load_file(model / "a.safetensors")["lm_head.weight"])
+    assert "does not read 'stray': left out" in run.err
+    assert "stray" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_tensor_of_two_shards_is_refused(tmp_path: Path) -> None:
+    model = write_shards(tmp_path / "model", extra={"lm_head.weight": torch.zeros(16, 8)})
+    assert_refused(model, "a.safetensors and b.safetensors both hold 'lm_head.weight'")
 
 
 def test_both_a_single_file_and_an_index(model: Path) -> None:
