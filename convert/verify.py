@@ -267,9 +267,24 @@ class _Runner:
         if not torch.isfinite(full).all():
             raise VerificationError("its logits are NaN or infinite")
         error = float((torch.cat(steps, 1) - full).abs().max() / full.abs().max())
-        if not error <= _CACHE_TOLERANCE:
+        if not error <= _CACHE_TOLERANCE and not error <= self._rounding(ids, full):
             raise VerificationError(f"logits with a cache differ by {error:.1e} of the largest")
         return f"{ids.shape[1]} tokens, largest difference {error:.1e} of the largest logit"
+
+    def _rounding(self, ids: torch.Tensor, full: torch.Tensor) -> float:
+        """What rounding may change in the logits, of the largest, at most a hundredth.
+
+        A model that was made much worse amplifies it. So its embeddings are rounded otherwise, and
+        every layer adds about as much as they do.
+        """
+        model = self._loaded()
+        embedded = model.get_input_embeddings()(ids)
+        noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+        other = embedded * (1 + torch.finfo(embedded.dtype).eps * noise)
+        changed = model(inputs_embeds=other, use_cache=False).logits
+        once = float((changed - full).abs().max() / full.abs().max())
+        layers: int = model.config.get_text_config().num_hidden_layers
+        return min(1e-2, layers * once)
 
     def size(self) -> str:
         """Count the bytes in the cache and compare with the plan."""

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from convert.cli import app
 from convert.pipeline import convert
 from convert.recipe import make_recipe
-from convert.verify import verify_checkpoint
+from convert.verify import _Runner, verify_checkpoint
+from kvpatch.errors import VerificationError
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
@@ -130,3 +131,20 @@ def test_exit_code_and_json(result: Path) -> None:
     assert damaged.exit_code == 6
     assert json.loads(damaged.stdout)["ok"] is False
     assert runner.invoke(app, ["verify", str(result / "absent")]).exit_code == 3
+
+
+def test_rounding_that_a_model_amplifies_is_no_fault(
+    result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no tolerance at all, what rounding of the embeddings changes still is allowed."""
+    monkeypatch.setattr("convert.verify._CACHE_TOLERANCE", 0.0)
+    runner = _Runner(result)
+    runner.loading()
+    assert "24 tokens" in runner.cached()
+
+    def off(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits * 1.003 if logits.shape[1] == 1 else logits
+
+    runner._model.lm_head.register_forward_hook(off)
+    with pytest.raises(VerificationError, match="logits with a cache differ by 3"):
+        runner.cached()
