@@ -137,7 +137,8 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         InputModelError: If a value makes no sense.
     """
     family = family_of(config)
-    if quantization := config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization is not None:
         named = isinstance(quantization, dict) and quantization.get("quant_method")
         raise UnsupportedModelError(
             f"the weights are quantised ({named or 'unknown method'!r}); "

@@ -99,6 +99,7 @@ def file_damaged(draft: Draft, random: Random) -> str:
 
 
 def file_missing(draft: Draft, random: Random) -> str:
+    replaced(draft.source / "config.json", b"")
     (draft.source / "config.json").unlink()
     if random.random() < 0.3:
         (draft.source / "config.json").mkdir()
@@ -115,5 +116,6 @@ CONFIG = (
     *(Mutation(0, change) for change in (value_odd, value_near, value_of_another_key)),
     *(Mutation(0, change) for change in (foreign_key, foreign_key, foreign_key_odd, model_type)),
     *(Mutation(0, change) for change in (rope, rope_near, rope_inside, keys_swapped)),
-    *(Mutation(3, change) for change in (file_damaged, file_missing)),
+    Mutation(3, file_damaged),
+    Mutation(4, file_missing),
 )

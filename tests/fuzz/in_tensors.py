@@ -142,7 +142,7 @@ def dtype(draft: Draft, random: Random) -> str:
     draft.numbers, to = True, random.choice(_DTYPES)
 
     def change(tensors: dict[str, Tensor], name: str) -> str:
-        tensors[name] = tensors[name].to(to)
+        tensors[name] = _cast(tensors[name], to)
         return str(to)
 
     return _one(draft, random, change)
@@ -150,13 +150,13 @@ def dtype(draft: Draft, random: Random) -> str:
 
 def dtype_alike(draft: Draft, random: Random) -> str:
     draft.numbers, to = True, random.choice(_DTYPES)
-    return _alike(draft, random, lambda tensor: tensor.to(to), str(to))
+    return _alike(draft, random, lambda tensor: _cast(tensor, to), str(to))
 
 
 def dtype_of_all(draft: Draft, random: Random) -> str:
     draft.numbers, to = True, random.choice(_DTYPES)
     for file in draft.files:
-        draft.store(file, {name: t.to(to) for name, t in draft.tensors(file).items()})
+        draft.store(file, {name: _cast(t, to) for name, t in draft.tensors(file).items()})
     return str(to)
 
 
@@ -175,12 +175,20 @@ _CONTENTS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
+def _cast(tensor: Tensor, to: torch.dtype) -> Tensor:
+    return (tensor.real if tensor.is_complex() else tensor).to(to)
+
+
+def _filled(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    return make(_cast(tensor, torch.float32)).to(tensor.dtype)
+
+
 def contents(draft: Draft, random: Random) -> str:
     draft.numbers = True
     kind, make = random.choice(_CONTENTS)
 
     def change(tensors: dict[str, Tensor], name: str) -> str:
-        tensors[name] = make(tensors[name])
+        tensors[name] = _filled(tensors[name], make)
         return kind
 
     return _one(draft, random, change)
@@ -189,7 +197,7 @@ def contents(draft: Draft, random: Random) -> str:
 def contents_alike(draft: Draft, random: Random) -> str:
     draft.numbers = True
     kind, make = random.choice(_CONTENTS)
-    return _alike(draft, random, make, kind)
+    return _alike(draft, random, lambda tensor: _filled(tensor, make), kind)
 
 
 def moved(draft: Draft, random: Random) -> str:
