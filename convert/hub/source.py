@@ -209,7 +209,9 @@ def user_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        path.exists()
+        path.lstat()  # unlike exists() it tells a name that cannot be from one that is not there
+    except (FileNotFoundError, NotADirectoryError):
+        return path
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{text!r} cannot be used as a path: {error}") from error
     return path

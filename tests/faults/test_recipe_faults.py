@@ -236,3 +236,10 @@ def test_a_range_is_text_and_no_number_of_base_60(tmp_path: Path, text: str) -> 
     recipe = load_recipe(file)
     assert isinstance(recipe, ClaRecipe)
     assert recipe.layers == text
+
+
+@pytest.mark.parametrize("key", ["source", "output", "calibration"])
+def test_path_that_no_file_can_have(tmp_path: Path, good: str, key: str) -> None:
+    kept = "".join(f"{line}\n" for line in good.splitlines() if not line.startswith(f"{key}:"))
+    text = f'{kept}merge: svd\n{key}: "a\\0b"\n'
+    refuse(tmp_path, text, "'a\\x00b' cannot be used as a path")
