@@ -93,6 +93,12 @@ SETTINGS: tuple[Setting, ...] = (
         why="what a call returns beside the logits, and in which form; each call says so itself",
     ),
     Setting(
+        keys=("cache_implementation",),
+        result="dropped",
+        run="dropped",
+        why="the kind of cache of a call of generate; each call says so itself",
+    ),
+    Setting(
         keys=("use_cache",),
         result=To(True),
         run=To(True),

@@ -137,8 +137,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         InputModelError: If a value makes no sense.
     """
     family = family_of(config)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
+    if quantization := config.get("quantization_config"):
         named = isinstance(quantization, dict) and quantization.get("quant_method")
         raise UnsupportedModelError(
             f"the weights are quantised ({named or 'unknown method'!r}); "

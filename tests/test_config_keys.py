@@ -37,6 +37,7 @@ LEFT_OVER: Mapping[str, Any] = {
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), True),
     **dict.fromkeys(("return_dict", "use_return_dict", "tie_last_hidden_states"), False),
     "torchscript": True,
+    "cache_implementation": 3,
     "use_cache": False,
     "chunk_size_feed_forward": 3,
     **dict.fromkeys(("gradient_checkpointing", "use_bfloat16"), True),

@@ -6,7 +6,7 @@ import json
 from random import Random
 from typing import Any
 
-from tests.fuzz.draft import Draft, Mutation
+from tests.fuzz.draft import Draft, Mutation, replaced
 from tests.fuzz.values import ODD, near
 
 __all__ = ["RECIPES", "TEXTS"]
@@ -144,7 +144,7 @@ def text_is_no_file(draft: Draft, random: Random) -> str:
 def _text(draft: Draft, random: Random, suffix: str, content: bytes) -> str:
     """Another text, and a recipe that reads it."""
     draft.text = draft.text.with_name(f"odd{suffix}")
-    draft.text.write_bytes(content)
+    replaced(draft.text, content)
     draft.recipe |= {"calibration": draft.text.name, "samples": 3, "context": 16}
     if draft.recipe.get("method") != "mla":
         draft.recipe["merge"] = "svd"

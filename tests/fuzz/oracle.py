@@ -21,7 +21,7 @@ __all__ = ["Oracle"]
 
 _CODES = {0, 2, 3, 4, 5, 6, 7}
 # what a run may find in numbers alone, that no header tells
-_NUMBERS = ((3, r"NaN or infini"), (6, r"overflows in "))
+_NUMBERS = ((3, r"NaN or infini|too much alike to be decomposed"), (6, r"overflows in "))
 # beyond what a command holds already: tiny models and a few buffers of eight megabytes each
 _MOST_RESIDENT = 100_000_000
 _MOST_MAPPED = 3_000_000_000
