@@ -102,7 +102,8 @@ def open_model(
         allow_pickle: Read ``.bin`` files too, with ``weights_only``.
 
     Raises:
-        UsageError: If there is an adapter beside the weights and no choice, or one alone that is to be ignored.
+        UsageError: If there is an adapter beside the weights and no choice, or one alone that is
+            to be ignored.
         UnsupportedModelError: If kvpatch does not know models of its kind.
         InputModelError: If files are damaged, or config.json and tensors contradict each other.
     """
